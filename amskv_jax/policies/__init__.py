@@ -1,0 +1,28 @@
+"""Retention policies, one small file each, and their registry."""
+
+from amskv_jax.errors import UsageError
+from amskv_jax.policies.ams import AMSKV
+from amskv_jax.policies.base import Policy
+from amskv_jax.policies.explicit import Explicit
+from amskv_jax.policies.full import Full
+from amskv_jax.policies.window import Sink, Window
+
+REGISTRY: dict[str, type[Policy]] = {
+    "full": Full,
+    "ams": AMSKV,
+    "window": Window,
+    "sink": Sink,
+    "explicit": Explicit,
+}
+"""Name on the command line -> policy."""
+
+
+def policy_class(name: str) -> type[Policy]:
+    """Return the policy of that name; raises UsageError if there is none."""
+    try:
+        return REGISTRY[name]
+    except KeyError:
+        raise UsageError(f"unknown policy {name!r}: expected {', '.join(REGISTRY)}") from None
+
+
+__all__ = ["AMSKV", "REGISTRY", "Explicit", "Full", "Policy", "Sink", "Window", "policy_class"]

@@ -1,0 +1,45 @@
+"""What every policy is, and the budgets which they share when none is given."""
+
+from typing import Protocol
+
+from amskv_jax.plan import RetentionPlan
+from amskv_jax.schedule import ScaleSchedule
+from amskv_jax.stats import LayerStats
+
+CONDENSED = 2
+"""Coarsest scales that AMS-KV locks by default."""
+
+
+class Policy(Protocol):
+    """Decides what the cache keeps: a frozen dataclass whose fields are the policy's options."""
+
+    def plan(
+        self, schedule: ScaleSchedule, num_layers: int, stats: LayerStats | None = None
+    ) -> RetentionPlan:
+        """Return the plan for a model; raises AmskvError if the options do not fit it."""
+        ...
+
+
+def first_third(num_layers: int) -> tuple[int, ...]:
+    """Return the layers which AMS-KV's paper finds cache-demanding in VAR: the first third."""
+    return tuple(range(-(-num_layers // 3)))
+
+
+def default_capacities(schedule: ScaleSchedule, condensed: int = CONDENSED) -> tuple[int, int]:
+    """Return C_min and C_max in tokens: what the last step finds of the condensed scales and of
+    one (C_min) or three (C_max) local scales before it.
+    """
+    last = schedule.num_scales - 1
+
+    def capacity(local: int) -> int:
+        kept = set(range(condensed)) | set(range(last - local, last))
+        return sum(schedule.tokens[scale] for scale in kept if 0 <= scale < last)
+
+    return capacity(1), capacity(3)
+
+
+def default_budget(schedule: ScaleSchedule, num_layers: int) -> int:
+    """Return the mean tokens per layer of the default AMS-KV plan, the budget of the baselines."""
+    c_min, c_max = default_capacities(schedule)
+    demanding = len(first_third(num_layers))
+    return round((demanding * c_max + (num_layers - demanding) * c_min) / num_layers)

@@ -1,0 +1,19 @@
+"""The full cache."""
+
+from dataclasses import dataclass
+
+from amskv_jax.plan import RetentionPlan, StaticRow
+from amskv_jax.schedule import ScaleSchedule
+from amskv_jax.stats import LayerStats
+
+
+@dataclass(frozen=True)
+class Full:
+    """Keeps every scale that a later one can see (VAR, arXiv 2404.02905)."""
+
+    def plan(
+        self, schedule: ScaleSchedule, num_layers: int, stats: LayerStats | None = None
+    ) -> RetentionPlan:
+        """Return the plan; see ``Policy.plan``."""
+        row = StaticRow.from_scales(schedule, [range(i) for i in range(schedule.num_scales)])
+        return RetentionPlan(schedule, (row,) * num_layers, "full cache")

@@ -1,0 +1,1 @@
+"""Known models, one file each."""

@@ -1,0 +1,1 @@
+"""Flax models: VAR and its multi-scale VQVAE."""

@@ -1,0 +1,277 @@
+"""The VAR transformer (arXiv 2404.02905): teacher-forced, and in the parts that generation uses."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+from amskv_jax.attention import Implementation, attend
+from amskv_jax.models.config import VARConfig
+from amskv_jax.stack import Attention
+
+NORM_EPSILON = 1e-6
+MAX_LOG_TEMPERATURE = math.log(100.0)
+
+
+def precision_of(dtype: jax.typing.DTypeLike) -> lax.Precision | None:
+    """Return full float32 products for float32, the hardware's default for half precision."""
+    return lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
+
+
+def layer_norm(x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
+    """Return the normalised ``x * (1 + scale) + shift``, in float32, with no gain of its own."""
+    x = x.astype(jnp.float32)
+    centred = x - x.mean(-1, keepdims=True)
+    variance = jnp.square(centred).mean(-1, keepdims=True)
+    normalised = centred * lax.rsqrt(variance + NORM_EPSILON)
+    return normalised * (1 + scale.astype(jnp.float32)) + shift.astype(jnp.float32)
+
+
+def normalize_heads(x: jax.Array) -> jax.Array:
+    """Return vectors of unit length along the last axis, in float32."""
+    x = x.astype(jnp.float32)
+    norm = jnp.sqrt(jnp.square(x).sum(-1, keepdims=True))
+    return x / jnp.maximum(norm, 1e-12)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention around an injected attention function."""
+
+    config: VARConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, attention: Attention) -> tuple[jax.Array, Any]:
+        """Map [rows, T, D] to [rows, T, D] and the carry of ``attention``."""
+        config = self.config
+        heads, width = config.num_heads, config.width
+        dense = {"dtype": self.dtype, "precision": precision_of(self.dtype)}
+        qkv = nn.Dense(3 * width, use_bias=False, name="qkv", **dense)(x)
+        query, key, value = jnp.split(qkv, 3, axis=-1)
+        query = query + self.param("query_bias", nn.initializers.zeros, (width,)).astype(self.dtype)
+        value = value + self.param("value_bias", nn.initializers.zeros, (width,)).astype(self.dtype)
+        query, key, value = (
+            part.reshape(*part.shape[:-1], heads, config.head_dim) for part in (query, key, value)
+        )
+        if config.attn_l2_norm:
+            initial = nn.initializers.constant(math.log(4.0))
+            log_temperature = self.param("log_temperature", initial, (heads,)).astype(jnp.float32)
+            temperature = jnp.exp(jnp.minimum(log_temperature, MAX_LOG_TEMPERATURE))
+            query = normalize_heads(query) * temperature[:, None]
+            key = normalize_heads(key)
+        query, key, value = (part.astype(self.dtype) for part in (query, key, value))
+        output, carry = attention(query, key, value)
+        output = output.reshape(*output.shape[:-2], width)
+        return nn.Dense(width, name="out", **dense)(output), carry
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with a tanh-approximated GELU."""
+
+    config: VARConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map [rows, T, D] to [rows, T, D]."""
+        dense = {"dtype": self.dtype, "precision": precision_of(self.dtype)}
+        hidden = round(self.config.width * self.config.mlp_ratio)
+        x = nn.Dense(hidden, name="up", **dense)(x)
+        return nn.Dense(self.config.width, name="down", **dense)(nn.gelu(x, approximate=True))
+
+
+class Block(nn.Module):
+    """One transformer block with adaptive layer norms."""
+
+    config: VARConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, modulation: jax.Array, attention: Attention
+    ) -> tuple[jax.Array, Any]:
+        """Map the residual stream [rows, T, D] float32 to the next one and ``attention``'s carry.
+
+        ``modulation`` [rows, 6, D] holds two gates, two scales and two shifts, in this order; of each
+        pair the first belongs to the attention, the second to the feed-forward part.
+        """
+        gate1, gate2, scale1, scale2, shift1, shift2 = (modulation[:, i, None] for i in range(6))
+        h, carry = SelfAttention(self.config, self.dtype, name="attention")(
+            layer_norm(x, scale1, shift1).astype(self.dtype), attention
+        )
+        x = x + h.astype(jnp.float32) * gate1.astype(jnp.float32)
+        h = FeedForward(self.config, self.dtype, name="mlp")(
+            layer_norm(x, scale2, shift2).astype(self.dtype)
+        )
+        return x + h.astype(jnp.float32) * gate2.astype(jnp.float32), carry
+
+
+class VAR(nn.Module):
+    """The transformer. Blocks are stacked on a leading layer axis of the parameters.
+
+    Attributes:
+      config: its shape.
+      dtype: of matrix products and the cache; norms, residual stream and logits are float32.
+      attention: back end of the teacher-forced pass, see ``attention.attend``.
+    """
+
+    config: VARConfig
+    dtype: Any = jnp.float32
+    attention: Implementation = "auto"
+
+    def setup(self) -> None:
+        """Create the submodules; parameter names are the checkpoint format."""
+        config, schedule = self.config, self.config.schedule
+        width, depth = config.width, config.depth
+        table = nn.initializers.truncated_normal(math.sqrt(1 / (3 * width)))
+        dense = {
+            "dtype": jnp.float32,
+            "precision": lax.Precision.HIGHEST,
+            "kernel_init": table,
+        }
+        self.class_embedding = nn.Embed(config.num_classes + 1, width, embedding_init=table)
+        self.scale_embedding = nn.Embed(schedule.num_scales, width, embedding_init=table)
+        self.position_start = self.param("position_start", table, (schedule.tokens[0], width))
+        self.position_embedding = self.param("position_embedding", table, (schedule.total, width))
+        self.word_embedding = nn.Dense(width, **dense)
+        if config.shared_aln:
+            self.shared_modulation = nn.Dense(6 * width, **dense)
+            offset = nn.initializers.normal(1 / math.sqrt(width))
+            self.modulation_offset = self.param("modulation_offset", offset, (depth, 6, width))
+        else:
+            self.modulation = StackedDense(depth, 6 * width)
+        self.blocks = Block(config, self.dtype)
+        self.head_modulation = nn.Dense(2 * width, **dense)
+        self.head = Head(config.vocab_size, self.dtype)
+
+    def condition(self, labels: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return everything that depends on the class alone.
+
+        Args:
+          labels: [rows] int32; ``num_classes`` stands for no class.
+
+        Returns:
+          The class embeddings [rows, D] float32, the modulation of all blocks
+          [depth, rows, 6, D] and of the head [rows, 2, D] (scale, shift) float32.
+        """
+        embedding = self.class_embedding(labels).astype(jnp.float32)
+        rows, width = embedding.shape
+        activated = nn.silu(embedding)
+        head = self.head_modulation(activated).reshape(rows, 2, width)
+        if self.config.shared_aln:
+            shared = self.shared_modulation(activated).reshape(rows, 6, width)
+            offset = self.modulation_offset.astype(jnp.float32)
+            blocks = shared + offset[:, None]
+        else:
+            blocks = self.modulation(activated).reshape(-1, rows, 6, width)
+        return embedding, blocks.astype(self.dtype), head
+
+    def first_input(self, embedding: jax.Array) -> jax.Array:
+        """Return the input [rows, T_0, D] of the first scale from the class embeddings."""
+        return embedding[:, None] + self.position_start.astype(jnp.float32) + self._positions(0)
+
+    def next_input(self, features: jax.Array, scale: int) -> jax.Array:
+        """Return the input [rows, T, D] of a later scale from the tokenizer's [rows, T, C]."""
+        return self.word_embedding(features) + self._positions(scale)
+
+    def _positions(self, scale: int) -> jax.Array:
+        positions = self.position_embedding[self.config.schedule.slice(scale)]
+        level = self.scale_embedding.embedding[scale]
+        return positions.astype(jnp.float32) + level.astype(jnp.float32)
+
+    def logits(self, x: jax.Array, head: jax.Array) -> jax.Array:
+        """Return logits [rows, T, V] float32 from the residual stream and the head's modulation."""
+        return self.head(layer_norm(x, head[:, 0, None], head[:, 1, None]))
+
+    def __call__(self, labels: jax.Array, features: jax.Array) -> jax.Array:
+        """Return the logits of all scales given the true earlier scales.
+
+        Args:
+          labels: [rows] int32.
+          features: what the tokenizer makes of the earlier scales,
+            [rows, total - T_0, latent channels] float32.
+
+        Returns:
+          [rows, total, V] float32. Tokens see their own scale and all earlier ones.
+        """
+        schedule = self.config.schedule
+        embedding, modulation, head = self.condition(labels)
+        inputs = [self.first_input(embedding)]
+        for scale in range(1, schedule.num_scales):
+            start = schedule.offsets[scale] - schedule.offsets[1]
+            own = features[:, start : start + schedule.tokens[scale]]
+            inputs.append(self.next_input(own, scale))
+
+        def body(block: Block, x: jax.Array, modulation: jax.Array) -> tuple[jax.Array, None]:
+            return block(x, modulation, self._block_causal)[0], None
+
+        scan = nn.scan(
+            body,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=self.config.depth,
+        )
+        x, _ = scan(self.blocks, jnp.concatenate(inputs, axis=1), modulation)
+        return self.logits(x, head)
+
+    def _block_causal(
+        self, query: jax.Array, key: jax.Array, value: jax.Array
+    ) -> tuple[jax.Array, None]:
+        """Attend scale by scale to exactly what is visible: the block-causal mask without a mask."""
+        schedule, scale = self.config.schedule, self.config.attention_scale
+        parts = [
+            attend(
+                query[:, schedule.slice(i)], key[:, :stop], value[:, :stop], scale, self.attention
+            )
+            for i, stop in enumerate(schedule.offsets[1:])
+        ]
+        return jnp.concatenate(parts, axis=1), None
+
+
+class StackedDense(nn.Module):
+    """One linear layer per block, applied to the same input at once."""
+
+    depth: int
+    features: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map [rows, D] to [depth, rows, features] in float32."""
+        width = x.shape[-1]
+        init = nn.initializers.truncated_normal(0.5 * math.sqrt(1 / (3 * width)))
+        kernel = self.param("kernel", init, (self.depth, width, self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.depth, self.features))
+        x = x.astype(kernel.dtype)
+        y = jnp.einsum(
+            "rd,lde->lre",
+            x,
+            kernel,
+            precision=precision_of(kernel.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        return y + bias[:, None].astype(jnp.float32)
+
+
+class Head(nn.Module):
+    """The classifier over the codebook: products in ``dtype``, sums and result in float32."""
+
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map [rows, T, D] to [rows, T, V] float32."""
+        init = nn.initializers.truncated_normal(0.02)
+        kernel = self.param("kernel", init, (x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        y = jnp.einsum(
+            "rtd,dv->rtv",
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            precision=precision_of(self.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        return y + bias.astype(jnp.float32)
