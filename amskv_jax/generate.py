@@ -7,6 +7,7 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax import lax
 
 from amskv_jax.attention import Implementation
@@ -23,7 +24,7 @@ DECODED_PIXELS = 16 * 256 * 256
 """Pictures are decoded in chunks of about this many pixels, as the decoder's activations are large."""
 
 
-@chex.dataclass(frozen=True)
+@struct.dataclass
 class Samples:
     """What one call of a sampler returns.
 
@@ -96,10 +97,12 @@ class Sampler:
           keys: [B] PRNG keys, see ``picture_keys``.
           guidance: strength of classifier-free guidance at the last scale (``cfg``).
         """
+        chex.assert_rank(labels, 1)
+        chex.assert_equal_shape_prefix((labels, keys), 1)
         config, schedule = self.transformer, self.transformer.schedule
-        model = VAR(config, self.dtype)
+        model: Any = VAR(config, self.dtype)  # Flax's type of `apply` says little
         variables = {"params": params["transformer"]}
-        tokenizer = VQVAE(self.tokenizer, self.dtype)
+        tokenizer: Any = VQVAE(self.tokenizer, self.dtype)
         codes = {"params": params["tokenizer"]}
 
         batch = labels.shape[0]

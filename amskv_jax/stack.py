@@ -67,7 +67,10 @@ def apply_blocks(
             x, local = carry
             layer, branch, index = position
 
-            def attention(*qkv: jax.Array) -> tuple[jax.Array, Any]:
+            def attention(
+                query: jax.Array, key: jax.Array, value: jax.Array
+            ) -> tuple[jax.Array, Any]:
+                qkv = query, key, value
                 seen = (
                     observe(layout.groups[members[0]], local[0], index, step, qkv)
                     if observe

@@ -10,15 +10,11 @@ from jax import lax
 
 from amskv_jax.attention import Implementation, attend
 from amskv_jax.models.config import VARConfig
+from amskv_jax.models.precision import precision_of
 from amskv_jax.stack import Attention
 
 NORM_EPSILON = 1e-6
 MAX_LOG_TEMPERATURE = math.log(100.0)
-
-
-def precision_of(dtype: jax.typing.DTypeLike) -> lax.Precision | None:
-    """Return full float32 products for float32, the hardware's default for half precision."""
-    return lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
 
 
 def layer_norm(x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:

@@ -5,18 +5,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax import lax
 from jax.typing import DTypeLike
 
 from amskv_jax.models.config import VQVAEConfig
-
-
-def precision_of(dtype: DTypeLike) -> lax.Precision | None:
-    """Return the precision of matrix products: float32 operands are not to be rounded first.
-
-    By default accelerators round them to 10 bits of mantissa or fewer.
-    """
-    return lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
+from amskv_jax.models.precision import precision_of
 
 
 def convolution(features: int, size: int, dtype: DTypeLike, **options: Any) -> nn.Conv:
