@@ -1,0 +1,392 @@
+"""Checkpoints: a folder with the weights (orbax) and ``config.json``, which says what they are.
+
+A folder is written under a temporary name beside its place and then renamed, so it is there whole
+or not at all. The weights lie in ``params`` as one tree, ``{"transformer": ..., "tokenizer": ...}``.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from amskv_jax.errors import AmskvError
+from amskv_jax.models.config import VARConfig, VQVAEConfig
+from amskv_jax.models.var import VAR
+from amskv_jax.models.vqvae import VQVAE
+from amskv_jax.schedule import ScaleSchedule
+
+FORMAT = "amskv-jax checkpoint"
+VERSION = 1
+DTYPES = ("float32", "bfloat16")
+
+PartConfig = VARConfig | VQVAEConfig
+KINDS: dict[str, dict[str, type[PartConfig]]] = {
+    "var": {"transformer": VARConfig, "tokenizer": VQVAEConfig}
+}
+"""The parts of a checkpoint of every kind."""
+
+ALWAYS_FLOAT32 = {"quantizer", "log_temperature"}
+"""Parameters which stay float32 in bfloat16 checkpoints: small, and rounding them moves tokens."""
+
+FINGERPRINT_SAMPLES = 4096
+MAX_REPORTED = 20
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint says about itself.
+
+    Attributes:
+      kind: a key of ``KINDS``.
+      configs: the shape of every part.
+      dtype: "float32" or "bfloat16", how the weights are stored.
+      fingerprint: see ``fingerprint``.
+    """
+
+    kind: str
+    configs: dict[str, PartConfig]
+    dtype: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights and what they are.
+
+    Attributes:
+      info: as stored; ``info.dtype`` is that of the file even if the weights were cast.
+      params: one parameter tree per part, of arrays on JAX's default device.
+    """
+
+    info: CheckpointInfo
+    params: dict[str, Any]
+
+
+def save_checkpoint(
+    directory: str | os.PathLike[str],
+    configs: Mapping[str, PartConfig],
+    params: Mapping[str, Any],
+) -> CheckpointInfo:
+    """Write a checkpoint.
+
+    Args:
+      directory: the folder to make; it must not exist or be empty.
+      configs: the shape of every part, {"transformer": VARConfig(...), "tokenizer": ...}.
+      params: the parameter tree of every part. Leaves are NumPy or JAX arrays, stored as they are:
+        of one type, float32 or bfloat16, but for those that ``storage_dtype`` keeps in float32.
+
+    Raises:
+      AmskvError: if the folder exists, parameters and shapes disagree, or writing fails; nothing is
+        left behind.
+    """
+    directory = Path(directory)
+    check_new_directory(directory)
+    configs = dict(configs)
+    kind = _kind_of(configs)
+    check_configs(configs)
+    flat = flatten_dict(params, sep="/")
+    _check_shapes(configs, {path: leaf.shape for path, leaf in flat.items()}, "the parameter tree")
+    dtypes = {path: str(leaf.dtype) for path, leaf in flat.items()}
+    dtype = next((dtype for dtype in dtypes.values() if dtype != "float32"), "float32")
+    expected = {path: str(storage_dtype(path, dtype)) for path in flat}
+    if dtypes != expected:
+        wrong = [path for path in flat if dtypes[path] != expected[path]]
+        raise AmskvError(
+            f"cannot store {wrong[0]} as {dtypes[wrong[0]]}: expected {expected[wrong[0]]} "
+            f"({len(wrong)} such parameters)"
+        )
+    info = CheckpointInfo(kind, configs, dtype, fingerprint(params))
+    num_bytes = sum(leaf.nbytes for leaf in flat.values())
+    with new_directory(directory, num_bytes) as temporary:
+        # Weights hardly compress, and compressing them holds them in memory twice more.
+        with _quiet(), ocp.PyTreeCheckpointer(use_compression=False) as checkpointer:
+            checkpointer.save(temporary.absolute() / "params", dict(params))
+        write_text(temporary / "config.json", _to_json(info))
+    return info
+
+
+def read_info(directory: str | os.PathLike[str]) -> CheckpointInfo:
+    """Read what a checkpoint says about itself, without its weights.
+
+    Raises:
+      AmskvError: if the folder is no checkpoint, or one of a newer version.
+    """
+    path = Path(directory) / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise AmskvError(
+            f"{directory} is not a checkpoint: {path.name} cannot be read ({error.strerror}). "
+            "Weights of the PyTorch reference are to be converted first"
+        ) from error
+    except ValueError as error:
+        raise AmskvError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise AmskvError(f"{directory} is not a checkpoint of this package: see {path}")
+    if content.get("version") != VERSION or content.get("kind") not in KINDS:
+        raise AmskvError(
+            f"{directory} is a checkpoint of version {content.get('version')} and kind "
+            f"{content.get('kind')!r}, expected version {VERSION} and kind "
+            f"{' or '.join(KINDS)}: it needs another version of this package"
+        )
+    try:
+        configs = {
+            part: _config_from_json(config_type, content["configs"][part])
+            for part, config_type in KINDS[content["kind"]].items()
+        }
+        info = CheckpointInfo(content["kind"], configs, content["dtype"], content["fingerprint"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise AmskvError(f"{path} is damaged: {error!r}") from error
+    check_configs(configs)
+    return info
+
+
+def read_params(directory: str | os.PathLike[str], info: CheckpointInfo) -> dict[str, Any]:
+    """Read the weights as NumPy arrays, as they are stored.
+
+    Raises:
+      AmskvError: if they are not what ``info`` says, or damaged.
+    """
+    path = Path(directory).absolute() / "params"
+    try:
+        with _quiet(), ocp.PyTreeCheckpointer() as checkpointer:
+            found = flatten_dict(checkpointer.metadata(path).item_metadata.tree, sep="/")
+            shapes = {name: tuple(leaf.shape) for name, leaf in found.items()}
+            _check_shapes(info.configs, shapes, str(directory))
+            arguments = unflatten_dict(
+                {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in found}, sep="/"
+            )
+            params = checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=arguments))
+    except AmskvError:
+        raise
+    except Exception as error:  # orbax and tensorstore raise many types for damaged files
+        reason = str(error).partition("\n")[0]
+        raise AmskvError(f"the weights in {path} cannot be read: {reason}") from error
+    if fingerprint(params) != info.fingerprint:
+        raise AmskvError(
+            f"the weights in {path} are not those which config.json was written for: "
+            "convert or copy the checkpoint again"
+        )
+    return params
+
+
+def load_checkpoint(directory: str | os.PathLike[str], dtype: str | None = None) -> Checkpoint:
+    """Load a checkpoint onto JAX's default device.
+
+    Args:
+      directory: the folder.
+      dtype: "float32" or "bfloat16" to cast the weights, see ``storage_dtype``; None leaves them as
+        they are stored.
+
+    Raises:
+      AmskvError: if the folder is no checkpoint, of a newer version, or damaged.
+    """
+    info = read_info(directory)
+    params = flatten_dict(read_params(directory, info), sep="/")
+    for path in params:  # one by one, so that the host never holds everything twice
+        target = storage_dtype(path, dtype or info.dtype)
+        params[path] = jax.device_put(params[path].astype(target, copy=False))
+    return Checkpoint(info, unflatten_dict(params, sep="/"))
+
+
+def storage_dtype(path: str, dtype: str) -> np.dtype:
+    """Return the type in which a checkpoint of ``dtype`` stores the parameter at ``path``.
+
+    It is ``dtype`` itself, except for the few parameters where rounding would change tokens at
+    once: the quantiser (codebook and phi) and the attention temperatures.
+
+    Raises:
+      AmskvError: if ``dtype`` is neither "float32" nor "bfloat16".
+    """
+    if dtype not in DTYPES:
+        raise AmskvError(f"weights cannot be stored as {dtype}: choose {' or '.join(DTYPES)}")
+    return np.dtype(jnp.float32 if ALWAYS_FLOAT32 & set(path.split("/")) else dtype)
+
+
+def fingerprint(params: Mapping[str, Any]) -> str:
+    """Return a short text by which to tell whether something was computed with these weights.
+
+    It is the SHA-256 of all paths, shapes and some thousand values of every parameter, rounded to
+    bfloat16: the float32 and the bfloat16 checkpoint of one model have the same.
+    """
+    digest = hashlib.sha256()
+    for path, leaf in sorted(flatten_dict(params, sep="/").items()):
+        values = np.asarray(leaf).reshape(-1)
+        # An odd step, so that sizes that are powers of two do not confine the samples to a column.
+        samples = values[:: values.size // FINGERPRINT_SAMPLES | 1]
+        digest.update(f"{path} {leaf.shape}\n".encode())
+        digest.update(samples.astype(jnp.bfloat16).tobytes())
+    return digest.hexdigest()[:32]
+
+
+def check_configs(configs: Mapping[str, PartConfig]) -> None:
+    """Raise an AmskvError if a transformer and a tokenizer do not belong together."""
+    transformer, tokenizer = configs["transformer"], configs["tokenizer"]
+    for name, what in (
+        ("vocab_size", "codes"),
+        ("latent_channels", "channels per code"),
+        ("schedule", "as sides of the token maps"),
+    ):
+        ours, theirs = getattr(transformer, name), getattr(tokenizer, name)
+        if ours != theirs:
+            raise AmskvError(
+                f"transformer and tokenizer do not belong together: the transformer has {ours} "
+                f"{what}, the tokenizer {theirs}"
+            )
+
+
+def describe_differences(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    """Return lines about all names that are missing, unexpected or of another shape.
+
+    Of each kind the first 20 are listed.
+    """
+    missing = [f"missing: {name} {expected[name]}" for name in expected if name not in found]
+    unexpected = [f"unexpected: {name} {found[name]}" for name in found if name not in expected]
+    misshaped = [
+        f"wrong shape: {name}, expected {shape}, found {found[name]}"
+        + (" (transposed)" if found[name] == shape[::-1] else "")
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    lines = []
+    for group in (missing, unexpected, misshaped):
+        lines += group[:MAX_REPORTED]
+        if len(group) > MAX_REPORTED:
+            lines.append(f"... and {len(group) - MAX_REPORTED} more {group[0].partition(':')[0]}")
+    return lines
+
+
+def check_new_directory(directory: Path) -> None:
+    """Raise an AmskvError unless ``directory`` can be made: it must not exist, or be empty."""
+    if directory.is_dir() and not any(directory.iterdir()):
+        return
+    if directory.exists():
+        raise AmskvError(f"{directory} exists: remove it, or choose another output folder")
+
+
+@contextmanager
+def new_directory(directory: Path, num_bytes: int) -> Iterator[Path]:
+    """Yield a temporary folder which takes the name ``directory`` when all went well.
+
+    Args:
+      directory: the folder to make, see ``check_new_directory``.
+      num_bytes: what will be written, to refuse at once if the disk is too full.
+
+    Raises:
+      AmskvError: if the folder exists, or writing fails; nothing is left behind.
+    """
+    directory = directory.absolute()
+    check_new_directory(directory)
+    temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise AmskvError(f"cannot write {directory}: {error}") from error
+    try:
+        free = shutil.disk_usage(temporary).free
+        if free < num_bytes:
+            raise AmskvError(
+                f"cannot write {directory}: it needs {num_bytes / 2**30:.2f} GiB, "
+                f"the disk has {free / 2**30:.2f} GiB left"
+            )
+        yield temporary
+        temporary.rename(directory)
+    except AmskvError:
+        raise
+    except (OSError, ValueError) as error:  # tensorstore reports a full disk as a ValueError
+        raise AmskvError(f"cannot write {directory}: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # gone already if it was renamed
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file and wait until it is on the disk."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep orbax's threads from printing hundreds of lines beside the error that it raises."""
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
+
+    def without_closed_loops(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    disabled, logger.disabled = logger.disabled, True
+    sys.unraisablehook = without_closed_loops
+    try:
+        yield
+        sys.unraisablehook = hook  # after an error it stays: stragglers complain later
+    finally:
+        logger.disabled = disabled
+
+
+@cache
+def param_shapes(config: PartConfig) -> dict[str, tuple[int, ...]]:
+    """Return what parameters the model of ``config`` has, as {path: shape}."""
+    schedule = config.schedule
+    module: VAR | VQVAE
+    if isinstance(config, VARConfig):
+        module = VAR(config)
+        later = schedule.total - schedule.tokens[0]
+        inputs = [((1,), jnp.int32), ((1, later, config.latent_channels), jnp.float32)]
+    else:
+        module = VQVAE(config)
+        inputs = [((1, *config.picture_size, 3), jnp.float32)]
+    structs = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in inputs]
+    variables = jax.eval_shape(module.init, jax.random.key(0), *structs)
+    return {path: leaf.shape for path, leaf in flatten_dict(variables["params"], sep="/").items()}
+
+
+def _check_shapes(
+    configs: Mapping[str, PartConfig], found: Mapping[str, tuple[int, ...]], source: str
+) -> None:
+    expected = {
+        f"{part}/{path}": shape
+        for part, config in configs.items()
+        for path, shape in param_shapes(config).items()
+    }
+    problems = describe_differences(expected, found)
+    if problems:
+        raise AmskvError(f"{source} does not fit its configuration:\n  " + "\n  ".join(problems))
+
+
+def _kind_of(configs: Mapping[str, PartConfig]) -> str:
+    types = {part: type(config) for part, config in configs.items()}
+    for kind, parts in KINDS.items():
+        if parts == types:
+            return kind
+    raise AmskvError(f"no kind of checkpoint has the parts {', '.join(types)}")
+
+
+def _to_json(info: CheckpointInfo) -> str:
+    content = {"format": FORMAT, "version": VERSION, **asdict(info)}
+    return json.dumps(content, indent=2) + "\n"
+
+
+def _config_from_json(config_type: type[PartConfig], content: dict[str, Any]) -> PartConfig:
+    fields: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in content.items()
+    }
+    fields["schedule"] = ScaleSchedule(tuple(map(tuple, content["schedule"]["grids"])))
+    return config_type(**fields)

@@ -1,0 +1,139 @@
+"""What the conversion of every architecture has in common: recognise, check, convert, export."""
+
+import math
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from amskv_jax.checkpoint import describe_differences, storage_dtype
+from amskv_jax.convert.table import Shape, StateDict, Table
+from amskv_jax.errors import AmskvError
+
+BUFFERS = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias", "ema_vocab_hit_SV")
+"""Last part of the names of entries which are constants or training statistics, not weights."""
+
+MARKS = {
+    "a VAR transformer": "pos_1LC",
+    "a VAR tokenizer": "quantize.embedding.weight",
+    "an Infinity transformer": "text_norm.weight",
+    "an Infinity tokenizer": "encoder.conv_in.conv.weight",
+    "a T5 text encoder": "shared.weight",
+}
+"""A key which of these models only the named one has."""
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class Architecture(Generic[Config]):
+    """How state dicts of one architecture are converted.
+
+    Attributes:
+      name: one of ``MARKS``.
+      keys: names by which its state dict is found in a file, the most telling first.
+      table: where its entries go.
+      shapes: the entries, buffers left out, with their shapes in PyTorch's layout.
+      buffers: the buffers which the reference expects beside them.
+      describe: a configuration in words.
+      rename: the usual name of an entry for which the reference has several.
+    """
+
+    name: str
+    keys: tuple[str, ...]
+    table: Table
+    shapes: Callable[[Config], dict[str, Shape]]
+    buffers: Callable[[Config], dict[str, np.ndarray]]
+    describe: Callable[[Config], str]
+    rename: Callable[[str], str] = lambda key: key
+
+    def weights(self, state: StateDict) -> dict[str, np.ndarray]:
+        """Return the entries under their usual names, without the buffers."""
+        return {self.rename(key): value for key, value in state.items() if not is_buffer(key)}
+
+    def check_kind(self, keys: Collection[str], source: str) -> None:
+        """Raise an AmskvError if the keys in ``source`` are those of another architecture."""
+        if MARKS[self.name] in keys:
+            return
+        for name, mark in MARKS.items():
+            if mark in keys:
+                raise AmskvError(f"{source} holds {name}, expected {self.name}")
+        if not any(key in keys for key in self.keys):
+            some = ", ".join(sorted(keys)[:5])
+            raise AmskvError(f"{source} does not hold {self.name}; its entries are {some}, ...")
+
+    def check(self, weights: StateDict, config: Config, source: str) -> None:
+        """Raise one AmskvError about all entries that are missing, unexpected or do not fit."""
+        found = {key: value.shape for key, value in weights.items()}
+        problems = describe_differences(self.shapes(config), found)
+        problems += [
+            f"not floating point: {key} is {value.dtype}"
+            for key, value in weights.items()
+            if not jnp.issubdtype(value.dtype, jnp.floating)
+        ]
+        if problems:
+            raise AmskvError(
+                f"{source} does not fit {self.describe(config)}:\n  " + "\n  ".join(problems)
+            )
+
+    def to_params(
+        self,
+        state: StateDict,
+        config: Config,
+        dtype: str = "float32",
+        source: str = "the state dict",
+        progress: Callable[[int], None] = lambda num_bytes: None,
+    ) -> dict[str, Any]:
+        """Return the parameters of a state dict as nested dicts of NumPy arrays.
+
+        Args:
+          state: the reference's entries; buffers are ignored.
+          config: the model's shape.
+          dtype: "float32" or "bfloat16", see ``checkpoint.storage_dtype``.
+          source: what to call the state dict in messages.
+          progress: told the size of every entry that has been read, in bytes.
+
+        Raises:
+          AmskvError: if the state dict does not fit ``config``.
+        """
+        weights = self.weights(state)
+        self.check(weights, config, source)
+        return self.table.to_params(weights, lambda path: storage_dtype(path, dtype), progress)
+
+    def to_state_dict(self, params: Mapping[str, Any], config: Config) -> dict[str, np.ndarray]:
+        """Return the reference's state dict: views of ``params``, and the buffers made anew.
+
+        Raises:
+          AmskvError: if the parameters do not fit ``config``.
+        """
+        shapes = self.shapes(config)
+        found = {path: leaf.shape for path, leaf in flatten_dict(params, sep="/").items()}
+        problems = describe_differences(self.table.param_shapes(shapes), found)
+        if problems:
+            raise AmskvError(
+                f"the parameters do not fit {self.describe(config)}:\n  " + "\n  ".join(problems)
+            )
+        return self.table.to_state_dict(params, shapes) | self.buffers(config)
+
+
+def is_buffer(key: str) -> bool:
+    """Tell whether a key of a state dict names a buffer."""
+    return key.rpartition(".")[2] in BUFFERS
+
+
+def count(state: StateDict, pattern: str) -> int:
+    """Return one more than the largest number that is the group of ``pattern`` in any key."""
+    matches = (re.match(pattern, key) for key in state)
+    return max((int(match[1]) + 1 for match in matches if match), default=0)
+
+
+def rows(state: StateDict, key: str, columns: int, default: int) -> int:
+    """Return the size of an entry over ``columns``, whatever its layout; ``default`` without it.
+
+    A missing entry is reported later, together with all others, against the default shape.
+    """
+    return math.prod(state[key].shape) // columns if key in state else default

@@ -1,0 +1,188 @@
+"""Tables that say where the entries of a PyTorch state dict stand in this package's parameters."""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from amskv_jax.errors import AmskvError
+
+Shape = tuple[int, ...]
+StateDict = Mapping[str, np.ndarray]
+"""The reference's names and arrays, in PyTorch's layout."""
+
+
+@dataclass(frozen=True)
+class Transform:
+    """How the layout of one array differs; both directions return views and copy nothing.
+
+    Attributes:
+      name: what it does, for people.
+      forward: from the reference's layout to this package's.
+      inverse: back.
+    """
+
+    name: str
+    forward: Callable[[np.ndarray], np.ndarray]
+    inverse: Callable[[np.ndarray], np.ndarray]
+
+
+def transpose(name: str, *axes: int) -> Transform:
+    """Return the transform which permutes the axes."""
+    inverse = tuple(np.argsort(axes).tolist())
+    return Transform(name, lambda x: x.transpose(axes), lambda x: x.transpose(inverse))
+
+
+def squeeze(*axes: int) -> Transform:
+    """Return the transform which drops axes of length 1."""
+    name = f"without axes {axes}"
+    return Transform(name, lambda x: x.squeeze(axes), lambda x: np.expand_dims(x, axes))
+
+
+IDENTITY = Transform("identity", lambda x: x, lambda x: x)
+LINEAR = transpose("out, in -> in, out", 1, 0)
+CONVOLUTION = transpose("OIHW -> HWIO", 2, 3, 1, 0)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one entry of a state dict goes.
+
+    Attributes:
+      path: the parameter, its names joined by slashes.
+      index: position on the parameter's leading axis, or None if the entry is all of it.
+      transform: the change of layout.
+    """
+
+    path: str
+    index: int | None
+    transform: Transform
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of a table.
+
+    Attributes:
+      key: the reference's name, with placeholders such as ``{layer}`` for words or numbers.
+      place: path of the parameter with the same placeholders; a suffix such as ``[{layer}]`` says
+        that the entry is one of several which are stacked on a leading axis.
+      transform: the change of layout.
+    """
+
+    key: str
+    place: str
+    transform: Transform = IDENTITY
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        return re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>[a-z]+|\\d+)", re.escape(self.key)))
+
+    def find(self, key: str) -> Place | None:
+        """Return the place of ``key``, or None if this rule says nothing about it."""
+        match = self._pattern.fullmatch(key)
+        if match is None:
+            return None
+        path, _, index = self.place.format(**match.groupdict()).partition("[")
+        return Place(path, int(index[:-1]) if index else None, self.transform)
+
+
+def module(key: str, place: str, transform: Transform, index: str = "") -> tuple[Rule, Rule]:
+    """Return the rules of a layer's weight (our kernel) and bias."""
+    return (
+        Rule(f"{key}.weight", f"{place}/kernel{index}", transform),
+        Rule(f"{key}.bias", f"{place}/bias{index}"),
+    )
+
+
+def norm(key: str, place: str) -> tuple[Rule, Rule]:
+    """Return the rules of a normalisation's weight (our scale) and bias."""
+    return Rule(f"{key}.weight", f"{place}/scale"), Rule(f"{key}.bias", f"{place}/bias")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A model's rules, used to read its checkpoints as well as to write them.
+
+    Attributes:
+      rules: exactly one of them fits any key of the model.
+    """
+
+    rules: tuple[Rule, ...]
+
+    def find(self, key: str) -> Place | None:
+        """Return the place of a key, or None if it is not the model's."""
+        places = (rule.find(key) for rule in self.rules)
+        return next((place for place in places if place is not None), None)
+
+    def to_params(
+        self,
+        state: StateDict,
+        dtype: Callable[[str], np.dtype],
+        progress: Callable[[int], None] = lambda num_bytes: None,
+    ) -> dict[str, Any]:
+        """Return the parameter tree of a state dict.
+
+        Every parameter is allocated once and filled in place, so beside the input (which may be
+        memory-mapped) and the output nothing is held.
+
+        Args:
+          state: exactly the model's entries; see ``Architecture.check``.
+          dtype: the type in which to store the parameter at a path.
+          progress: told the size of every entry that has been read, in bytes.
+
+        Returns:
+          Nested dicts of NumPy arrays.
+        """
+        entries: dict[str, list[tuple[str, Place]]] = defaultdict(list)
+        for key in state:
+            place = self._place(key)
+            entries[place.path].append((key, place))
+        params = {}
+        for path, members in entries.items():
+            key, place = members[0]
+            shape = place.transform.forward(state[key]).shape
+            stack = () if place.index is None else (len(members),)
+            params[path] = np.empty((*stack, *shape), dtype(path))
+            for key, place in members:
+                where = ... if place.index is None else place.index
+                params[path][where] = place.transform.forward(state[key])
+                progress(state[key].nbytes)
+        return unflatten_dict(params, sep="/")
+
+    def to_state_dict(self, params: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+        """Return views of the parameters under the reference's keys and in its layout."""
+        flat = flatten_dict(params, sep="/")
+        state = {}
+        for key in keys:
+            place = self._place(key)
+            array = np.asarray(flat[place.path])
+            state[key] = place.transform.inverse(
+                array if place.index is None else array[place.index]
+            )
+        return state
+
+    def param_shapes(self, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+        """Return the parameters' {path: shape} from the shapes of the entries."""
+        result: dict[str, Shape] = {}
+        for key, shape in shapes.items():
+            place = self._place(key)
+            # A view of one zero has the shape but not the size.
+            one = place.transform.forward(np.broadcast_to(np.float32(0), shape)).shape
+            if place.index is None:
+                result[place.path] = one
+            else:
+                length, *_ = result.get(place.path, (0,))
+                result[place.path] = (max(length, place.index + 1), *one)
+        return result
+
+    def _place(self, key: str) -> Place:
+        place = self.find(key)
+        if place is None:
+            raise AmskvError(f"no rule for the entry {key}")
+        return place
