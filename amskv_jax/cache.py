@@ -8,21 +8,24 @@ hold more than the most that any step reads.
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jax import lax
 
 from amskv_jax.attention import Implementation, attend
-from amskv_jax.plan import RetentionPlan, StaticRow
+from amskv_jax.online import OnlineRow, OnlineSlots
+from amskv_jax.plan import HeadRow, RetentionPlan, Row, SelectingRow, StaticRow
+from amskv_jax.rows import check_heads
 from amskv_jax.schedule import ScaleSchedule
+from amskv_jax.selecting import SelectingSlots
 
 
 class SlotRun(NamedTuple):
-    """``length`` tokens of ``scale``, the first being its token ``start``, in slots from ``slot``."""
+    """``length`` tokens of ``scale``, the first its token ``start``, in slots from ``slot``."""
 
     scale: int
     start: int
@@ -30,9 +33,9 @@ class SlotRun(NamedTuple):
     length: int
 
 
-@chex.dataclass(frozen=True)
+@struct.dataclass
 class KVCache:
-    """Keys and values of all layers which share a row: [layers, rows, capacity, heads, head_dim]."""
+    """Keys and values of all layers that share a row: [layers, rows, capacity, heads, head_dim]."""
 
     keys: jax.Array
     values: jax.Array
@@ -56,7 +59,8 @@ class StaticSlots:
     def of(cls, row: StaticRow, schedule: ScaleSchedule) -> "StaticSlots":
         """Assign slots to everything the row keeps."""
         owner = np.full(row.capacity, -1)  # position of the token in each slot
-        held, writes = [()], []
+        held: list[tuple[SlotRun, ...]] = [()]
+        writes: list[tuple[SlotRun, ...]] = []
         for step in range(schedule.num_scales - 1):
             kept = row.positions(schedule, step + 1)
             owner[(owner >= 0) & ~kept[owner]] = -1
@@ -162,7 +166,67 @@ def _spans(runs: Iterable[SlotRun]) -> list[tuple[int, int]]:
     return spans
 
 
-Slots = StaticSlots
+@dataclass(frozen=True)
+class HeadSlots:
+    """Slots of a layer whose heads keep different tokens: one cache per set of equal heads.
+
+    Attributes:
+      groups: the slots of every set of heads.
+      heads: the heads of every set.
+    """
+
+    groups: tuple[StaticSlots, ...]
+    heads: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, row: HeadRow, schedule: ScaleSchedule) -> "HeadSlots":
+        """Assign slots to everything the row keeps."""
+        groups = tuple(StaticSlots.of(part, schedule) for part in row.groups)
+        return cls(groups, tuple(row.groups.values()))
+
+    def init(
+        self, layers: int, rows: int, num_heads: int, head_dim: int, dtype: jax.typing.DTypeLike
+    ) -> tuple[KVCache, ...]:
+        """Return empty buffers, one entry per set of heads."""
+        check_heads(sum(map(len, self.heads)), num_heads)
+        return tuple(
+            group.init(layers, rows, len(heads), head_dim, dtype)
+            for group, heads in zip(self.groups, self.heads, strict=True)
+        )
+
+    def attend(
+        self,
+        cache: tuple[KVCache, ...],
+        layer: jax.Array,
+        step: int,
+        qkv: tuple[jax.Array, jax.Array, jax.Array],
+        scale: float,
+        implementation: Implementation,
+    ) -> tuple[jax.Array, tuple[KVCache, ...]]:
+        """Attend with every set of heads to its own cache; see ``StaticSlots.attend``."""
+        query, key, value = qkv
+        outputs, caches = [], []
+        for group, heads, part in zip(self.groups, map(np.array, self.heads), cache, strict=True):
+            own = query[:, :, heads], key[:, :, heads], value[:, :, heads]
+            output, updated = group.attend(part, layer, step, own, scale, implementation)
+            outputs.append(output)
+            caches.append(updated)
+        order = np.argsort(np.concatenate(self.heads))
+        return jnp.concatenate(outputs, axis=2)[:, :, order], tuple(caches)
+
+
+Slots = StaticSlots | SelectingSlots | HeadSlots | OnlineSlots
+
+
+def slots_of(row: Row, schedule: ScaleSchedule) -> Slots:
+    """Assign slots to a row of any kind."""
+    if isinstance(row, StaticRow):
+        return StaticSlots.of(row, schedule)
+    if isinstance(row, SelectingRow):
+        return SelectingSlots.of(row, schedule)
+    if isinstance(row, OnlineRow):
+        return OnlineSlots(schedule, row)
+    return HeadSlots.of(row, schedule)
 
 
 @dataclass(frozen=True)
@@ -186,11 +250,11 @@ class CacheLayout:
         rows = list(dict.fromkeys(plan.rows))
         group_of = tuple(rows.index(row) for row in plan.rows)
         index = tuple(group_of[:layer].count(group) for layer, group in enumerate(group_of))
-        return cls(tuple(StaticSlots.of(row, plan.schedule) for row in rows), group_of, index)
+        return cls(tuple(slots_of(row, plan.schedule) for row in rows), group_of, index)
 
     def init(
         self, rows: int, num_heads: int, head_dim: int, dtype: jax.typing.DTypeLike
-    ) -> tuple[KVCache, ...]:
+    ) -> tuple[Any, ...]:
         """Return empty buffers for ``rows`` batch rows, one entry per group."""
         return tuple(
             group.init(self.group_of.count(index), rows, num_heads, head_dim, dtype)

@@ -23,9 +23,12 @@ class CacheGeometry:
     head_dim: int
     itemsize: int = 2
 
-    def bytes(self, head_slots: int) -> int:
-        """Return the bytes of keys and values in ``head_slots`` slots of one head, all rows."""
-        return 2 * self.rows * head_slots * self.head_dim * self.itemsize
+    def bytes(self, head_slots: int, scores: int = 0) -> int:
+        """Return the bytes of keys and values in ``head_slots`` slots of one head, all rows.
+
+        Added are those of ``scores`` float32 numbers per row, see ``rows.SelectingRow.scores``.
+        """
+        return self.rows * (2 * head_slots * self.head_dim * self.itemsize + 4 * scores)
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,10 @@ class MemoryReport:
         heads, layers, total = geometry.num_heads, plan.num_layers, plan.schedule.total
         everything = geometry.bytes(heads * total * layers)
         return cls(
-            plan=geometry.bytes(sum(row.head_slots(heads) for row in plan.rows)),
+            plan=geometry.bytes(
+                sum(row.head_slots(heads) for row in plan.rows),
+                sum(row.scores(heads) for row in plan.rows),
+            ),
             stored=geometry.bytes(heads * (total - plan.schedule.tokens[-1]) * layers),
             full=everything,
             reference=everything * (4 + 2) // (2 * geometry.itemsize),

@@ -1,19 +1,26 @@
 """AMS-KV: condensed scales locked, local scales rolling, capacity by layer."""
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from math import floor
+from typing import Literal
 
+import numpy as np
+
+from amskv_jax.describe import number_ranges
 from amskv_jax.errors import AmskvError, UsageError
+from amskv_jax.online import OnlineRow
 from amskv_jax.plan import RetentionPlan, StaticRow
 from amskv_jax.policies.base import CONDENSED, default_capacities, first_third
+from amskv_jax.policies.walk import adaptive_walk, distinct_capacities
 from amskv_jax.schedule import ScaleSchedule
 from amskv_jax.stats import LayerStats
 
 
 @dataclass(frozen=True)
 class AMSKV:
-    """Keeps the condensed (coarsest) and the local (latest) scales, more of them in demanding layers.
+    """Keeps the condensed (coarsest) and the local (latest) scales, more in demanding layers.
 
     Adaptive multi-scale KV caching, arXiv 2511.16047. A layer starts with C_min tokens. When a
     scale no longer fits and is unlike the one before (similarity below theta), the layer is
@@ -26,10 +33,17 @@ class AMSKV:
       condensed: number of coarsest scales which are locked (C_cds).
       demanding_layers: the cache-demanding layers; if not given, they follow from the calibrated
         similarities and ``theta``, and without those the first third of the layers is taken.
-      theta: similarity below which a layer is demanding.
+      theta: similarity below which a layer is demanding; if not given, see ``automatic_theta``.
+      target_saving: share to save of a cache of all scales in the same dtype ("bf16-full"), 0 to
+        1; the capacities which are not given are chosen to meet it, see ``fit``.
+      allocation: "similarity" gives C_max to the demanding layers only (S2 in the paper's table
+        2); "uniform" spreads the same sum of capacities evenly over all layers (S1). As only whole
+        scales are kept, the uniform plan may hold fewer tokens than its capacity.
+      online: decide while drawing, from the keys of the pictures themselves, instead of beforehand;
+        saves no memory, see ``online``.
 
     Raises:
-      UsageError: if C_max is below C_min, or layers and theta are both given.
+      UsageError: if C_max is below C_min, options exclude each other, or one is out of range.
     """
 
     c_min: int | None = None
@@ -37,6 +51,9 @@ class AMSKV:
     condensed: int = CONDENSED
     demanding_layers: tuple[int, ...] | None = None
     theta: float | None = None
+    target_saving: float | None = None
+    allocation: Literal["similarity", "uniform"] = "similarity"
+    online: bool = False
 
     def __post_init__(self) -> None:
         if self.condensed < 0:
@@ -45,90 +62,234 @@ class AMSKV:
             raise UsageError(
                 "give either the demanding layers or theta, which finds them, not both"
             )
+        if self.target_saving is not None and not 0 <= self.target_saving <= 1:
+            raise UsageError(
+                f"the target saving must lie between 0 and 1, not {self.target_saving}"
+            )
+        if self.allocation not in ("similarity", "uniform"):
+            raise UsageError(
+                f"unknown allocation {self.allocation!r}: expected similarity or uniform"
+            )
+        beforehand = (self.demanding_layers, self.target_saving) != (None, None)
+        if self.online and (beforehand or self.allocation == "uniform"):
+            raise UsageError(
+                "the online variant decides while it draws: give it capacities and theta, and "
+                "neither demanding layers nor a target saving nor a uniform allocation"
+            )
         _check_capacities(self.c_min, self.c_max)
 
     def plan(
         self, schedule: ScaleSchedule, num_layers: int, stats: LayerStats | None = None
     ) -> RetentionPlan:
         """Return the plan; see ``Policy.plan``."""
+        if stats is not None:
+            stats.check(schedule, num_layers)
+        if self.target_saving is not None:
+            max_tokens = floor(schedule.total * num_layers * (1 - self.target_saving) + 1e-6)
+            plan = self.fit(schedule, num_layers, max_tokens, stats).plan(
+                schedule, num_layers, stats
+            )
+            note = f"{plan.note}; capacities fitted to save {self.target_saving:.1%}"
+            return replace(plan, note=note)
         default_min, default_max = default_capacities(schedule, self.condensed)
         c_min = (
             self.c_min if self.c_min is not None else min(default_min, self.c_max or default_min)
         )
         c_max = self.c_max if self.c_max is not None else max(default_max, c_min)
         _check_capacities(c_min, c_max)
-        locked = sum(schedule.tokens[: self.condensed])
+        locked = self._locked_tokens(schedule)
         if c_min < locked:
             raise AmskvError(
-                f"C_min is {c_min} tokens, but the {self.condensed} condensed scales need {locked}: "
-                "raise C_min or lock fewer scales"
+                f"C_min is {c_min} tokens, but the {self.condensed} condensed scales need "
+                f"{locked}: raise C_min or lock fewer scales"
             )
-        similarity, theta, how = self._similarities(schedule, num_layers, stats)
-        rows = tuple(
-            StaticRow.from_scales(
-                schedule, adaptive_walk(schedule, c_min, c_max, self.condensed, layer, theta)
+        note = f"AMS-KV: C_min {c_min}, C_max {c_max}, condensed {self.condensed}"
+        overflows = adaptive_walk(schedule, c_min, c_min, self.condensed).overflows
+        if self.online:
+            theta, how = self._theta(overflows, stats)
+            row = OnlineRow(schedule.tokens, c_min, c_max, self.condensed, theta)
+            note += f"; {how}; layers are classified while drawing"
+            return RetentionPlan(schedule, (row,) * num_layers, note)
+        expansions, how = self._expansions(num_layers, overflows, stats)
+        note += f"; {how}"
+        if self.allocation == "uniform":
+            demanding = num_layers - expansions.count(None)
+            total = demanding * c_max + (num_layers - demanding) * c_min
+            c_min = c_max = total // num_layers
+            note += f"; allocated uniformly: {c_min} tokens in every layer"
+        rows = {
+            step: StaticRow.from_scales(
+                schedule, adaptive_walk(schedule, c_min, c_max, self.condensed, step).held
             )
-            for layer in similarity
-        )
-        note = f"AMS-KV: C_min {c_min}, C_max {c_max}, condensed {self.condensed}; {how}"
-        return RetentionPlan(schedule, rows, note)
+            for step in set(expansions)
+        }
+        return RetentionPlan(schedule, tuple(rows[step] for step in expansions), note)
 
-    def _similarities(
-        self, schedule: ScaleSchedule, num_layers: int, stats: LayerStats | None
-    ) -> tuple[Sequence[Sequence[float]], float, str]:
-        """Return similarities [layer][scale], theta, and a sentence on where they come from."""
+    def _locked_tokens(self, schedule: ScaleSchedule) -> int:
+        """Return the tokens of the condensed scales, which no capacity can go below."""
+        return sum(schedule.tokens[:-1][: self.condensed])
+
+    def _theta(self, overflows: list[int], stats: LayerStats | None) -> tuple[float, str]:
+        """Return theta, and how it was found, for layers that find no room for ``overflows``."""
         if self.theta is not None:
-            if stats is None:
-                raise UsageError("theta needs the similarities of a calibration run: give its file")
-            return stats.similarity.tolist(), self.theta, f"calibrated, theta {self.theta:g}"
-        layers = self.demanding_layers
-        how = "demanding layers given"
-        if layers is None:
+            return self.theta, f"theta {self.theta:.6g} as given"
+        if stats is None:
+            raise UsageError("the online variant needs theta, or a calibration run to find it")
+        theta, separation = automatic_theta(stats.similarity[:, overflows].min(1, initial=np.inf))
+        return theta, f"theta {theta:.6g} by Otsu's split (separation {separation:.2f})"
+
+    def _expansions(
+        self, num_layers: int, overflows: list[int], stats: LayerStats | None
+    ) -> tuple[tuple[int | None, ...], str]:
+        """Return at which scale every layer gets C_max, and a sentence on how that was decided.
+
+        A layer expands at the first scale which overflows C_min and is unlike the one before.
+        """
+        if self.demanding_layers is not None or (stats is None and self.theta is None):
+            layers, how = self._stated_layers(num_layers)
+            first = overflows[0] if overflows else None
+            return tuple(first if i in layers else None for i in range(num_layers)), how
+        if stats is None:
+            raise UsageError("theta needs the similarities of a calibration run: give its file")
+        theta, how = self._theta(overflows, stats)
+        expansions = tuple(
+            next((scale for scale in overflows if similarity[scale] < theta), None)
+            for similarity in stats.similarity
+        )
+        demanding = number_ranges(i for i, scale in enumerate(expansions) if scale is not None)
+        return expansions, f"calibrated, {how}, demanding layers {demanding or 'none'}"
+
+    def _stated_layers(self, num_layers: int) -> tuple[tuple[int, ...], str]:
+        if self.demanding_layers is None:
             layers = first_third(num_layers)
-            how = "demanding layers: the first third, by default and not by measurement"
+            return layers, "demanding layers: the first third, by default and not by measurement"
+        layers = self.demanding_layers
         unknown = [layer for layer in layers if not 0 <= layer < num_layers]
         if unknown:
             raise AmskvError(f"demanding layers {unknown}: the model has layers 0-{num_layers - 1}")
-        extremes = [-math.inf if layer in layers else math.inf for layer in range(num_layers)]
-        return [[x] * schedule.num_scales for x in extremes], 0.0, how
+        return layers, f"demanding layers given: {number_ranges(sorted(layers)) or 'none'}"
+
+    def fit(
+        self,
+        schedule: ScaleSchedule,
+        num_layers: int,
+        max_tokens: int,
+        stats: LayerStats | None = None,
+    ) -> "AMSKV":
+        """Return this policy with the best capacities that ``max_tokens`` allow.
+
+        AMS-KV keeps whole scales, so capacities lead to finitely many plans, and all are tried. The
+        best one keeps the most attention: as measured or, without calibration, as if every query
+        attended to all tokens alike. Capacities which are set already stay as they are; an
+        automatic theta is found anew for every C_min.
+
+        Args:
+          schedule: the scales.
+          num_layers: layers of the model.
+          max_tokens: most tokens that all layers together may hold.
+          stats: calibration, see the class.
+
+        Raises:
+          AmskvError: if not even the smallest plan fits; it says how small that is.
+          UsageError: if capacities are set for a uniform allocation, which has but one.
+        """
+        if self.allocation == "uniform" and (self.c_min, self.c_max) != (None, None):
+            raise UsageError("a uniform allocation takes either capacities or a budget, not both")
+        if stats is not None:
+            stats.check(schedule, num_layers)
+        attention = _attention(schedule, num_layers, stats)
+        best, best_value, smallest = None, (-1.0, 0), schedule.total * num_layers
+        for c_min in self._smaller_capacities(schedule):
+            overflows = adaptive_walk(schedule, c_min, c_min, self.condensed).overflows
+            expansions, _ = self._expansions(num_layers, overflows, stats)
+            if self.allocation == "uniform":
+                expansions = (None,) * num_layers
+            members = {
+                step: [layer for layer, other in enumerate(expansions) if other == step]
+                for step in expansions
+            }
+            for c_max in self._larger_capacities(schedule, c_min, expansions):
+                kept, total = 0.0, 0
+                for step, layers in members.items():
+                    walk = adaptive_walk(schedule, c_min, c_max, self.condensed, step)
+                    row = StaticRow.from_scales(schedule, walk.held)
+                    kept += sum(
+                        attention[layers, i, segment.scale].sum()
+                        for i, segments in enumerate(row.keep)
+                        for segment in segments
+                    )
+                    total += row.capacity * len(layers)
+                smallest = min(total, smallest)
+                if total <= max_tokens and (kept, -total) > best_value:
+                    best = replace(self, c_min=c_min, c_max=c_max, target_saving=None)
+                    best_value = kept, -total
+        if best is None:
+            everything = schedule.total * num_layers
+            raise AmskvError(
+                f"no AMS-KV plan holds at most {max_tokens} tokens in {num_layers} layers: "
+                f"the smallest with {self.condensed} condensed scales holds {smallest} "
+                f"({1 - smallest / everything:.1%} saved of the full cache of all scales)"
+            )
+        return best
+
+    def _smaller_capacities(self, schedule: ScaleSchedule) -> Iterable[int]:
+        """Return one C_min for every way in which a layer can go as long as it is efficient."""
+        if self.c_min is not None:
+            return [self.c_min]
+        start = self._locked_tokens(schedule)
+        walk = partial(adaptive_walk, schedule, condensed=self.condensed)
+        return distinct_capacities(lambda capacity: walk(c_min=capacity, c_max=capacity), start)
+
+    def _larger_capacities(
+        self, schedule: ScaleSchedule, c_min: int, expansions: Iterable[int | None]
+    ) -> Iterable[int]:
+        """Return one C_max for every set of ways in which the demanding layers can go."""
+        if self.c_max is not None:
+            return [self.c_max] if self.c_max >= c_min else []
+        found = {c_min}
+        for step in set(expansions) - {None}:
+            walk = partial(adaptive_walk, schedule, c_min, condensed=self.condensed, expand_at=step)
+            found.update(distinct_capacities(walk, c_min))
+        return sorted(found)
 
 
-def adaptive_walk(
-    schedule: ScaleSchedule,
-    c_min: int,
-    c_max: int,
-    condensed: int,
-    similarity: Sequence[float],
-    theta: float,
-) -> list[list[int]]:
-    """Walk one layer through the scales (Algorithm 1 of arXiv 2511.16047).
+def _attention(schedule: ScaleSchedule, num_layers: int, stats: LayerStats | None) -> np.ndarray:
+    """Return how much attention all queries of one scale give to another, [layers, S, S]."""
+    tokens = np.array(schedule.tokens)
+    if stats is not None:
+        return stats.density * tokens[:, None]
+    even = np.outer(tokens / np.cumsum(tokens), tokens)
+    return np.broadcast_to(even, (num_layers, *even.shape))
+
+
+def automatic_theta(similarity: np.ndarray) -> tuple[float, float]:
+    """Split layers into demanding and efficient ones by Otsu's method (1979).
+
+    Each layer is given by the lowest similarity at any scale that finds no room: Algorithm 1 calls
+    a layer demanding exactly if that number lies below theta. Of all ways to cut the sorted numbers
+    in two, Otsu's has the largest variance between the classes. Unlike the largest gap, it weighs
+    classes by size, so one odd layer does not become a class of its own; it needs no parameter, and
+    does not change if all similarities are shifted or scaled. Theta lies halfway between the
+    classes, as far from either as it can be.
 
     Args:
-      schedule: the scales.
-      c_min: tokens at first.
-      c_max: tokens once the layer has proved demanding.
-      condensed: scales below this id are never evicted.
-      similarity: per scale, to the scale before.
-      theta: below it, a layer that overflows is demanding.
+      similarity: [layers].
 
     Returns:
-      The scale ids which the cache holds when each step attends.
+      Theta, and the separation: the share of the variance that lies between the classes, 0 to 1.
+      If all layers are equal, theta is minus infinity: none is demanding.
     """
-    budget, cached = c_min, list[int]()
-    held = [[]]
-    for scale, size in enumerate(schedule.tokens[:-1]):
-        used = sum(schedule.tokens[j] for j in cached)
-        if used + size > budget and scale >= 1 and similarity[scale] < theta:
-            budget = c_max
-        locked = sum(schedule.tokens[j] for j in cached if j < condensed)
-        if locked + size <= budget:
-            while used + size > budget:
-                oldest = next(j for j in cached if j >= condensed)
-                cached.remove(oldest)
-                used -= schedule.tokens[oldest]
-            cached.append(scale)
-        held.append(list(cached))
-    return held
+    ordered = np.sort(similarity)
+    count, total = len(ordered), ordered.sum()
+    best, theta = 0.0, -np.inf
+    for low in range(1, count):
+        if ordered[low - 1] < ordered[low]:
+            below = ordered[:low].sum()
+            distance = below / low - (total - below) / (count - low)
+            between = low * (count - low) / count**2 * distance**2
+            if between > best:
+                best, theta = between, (ordered[low - 1] + ordered[low]) / 2
+    return float(theta), float(best / ordered.var()) if best else 0.0
 
 
 def _check_capacities(c_min: int | None, c_max: int | None) -> None:

@@ -1,0 +1,141 @@
+"""Per-head plans: every head keeps the scales which it attends to."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from amskv_jax.errors import AmskvError, UsageError
+from amskv_jax.plan import HeadRow, RetentionPlan, StaticRow
+from amskv_jax.policies.base import default_budget
+from amskv_jax.schedule import ScaleSchedule
+from amskv_jax.stats import LayerStats
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Keeps, per head, the scales with the most calibrated attention per token.
+
+    After the idea of HeatKV, arXiv 2605.14877: a static schedule of (head, scale) blocks. A block is
+    worth the attention which the head gives to the scale, averaged over the later scales (the
+    paper's S-CAS). The blocks worth most per token are kept to the end, as many as the budget of the
+    whole model holds; slots that are not needed yet hold the latest other scales meanwhile.
+
+    Attributes:
+      budget: mean tokens per head, over all heads and layers, that are allocated; default: the mean
+        of the default AMS-KV plan.
+      protected: number of coarsest scales which every head keeps.
+      patterns: most different sets of scales among all heads. Heads of a layer with different sets
+        are separate attention calls, so that many sets compile long.
+
+    Raises:
+      UsageError: if an option is out of range.
+    """
+
+    budget: int | None = None
+    protected: int = 2
+    patterns: int = 8
+
+    def __post_init__(self) -> None:
+        if self.budget is not None and self.budget < 0:
+            raise UsageError(f"the budget must be 0 or more tokens, not {self.budget}")
+        if self.protected < 0:
+            raise UsageError(f"protected must be 0 or more scales, not {self.protected}")
+        if self.patterns < 1:
+            raise UsageError(f"there must be 1 or more patterns, not {self.patterns}")
+
+    def plan(
+        self, schedule: ScaleSchedule, num_layers: int, stats: LayerStats | None = None
+    ) -> RetentionPlan:
+        """Return the plan; see ``Policy.plan``."""
+        if stats is None:
+            raise UsageError(
+                "the heads policy needs the attention of a calibration run: give its file"
+            )
+        stats.check(schedule, num_layers)
+        budget = default_budget(schedule, num_layers) if self.budget is None else self.budget
+        tokens = np.array(schedule.tokens[:-1])
+        least = int(tokens[: self.protected].sum())
+        if budget < least:
+            raise AmskvError(
+                f"the budget is {budget} tokens, but the {self.protected} protected scales need "
+                f"{least}: raise the budget or protect fewer scales"
+            )
+        mass = head_mass(stats.head_density)
+        layers, heads, scales = mass.shape
+        chosen = choose_blocks(
+            mass.reshape(-1, scales), tokens, budget, self.protected, self.patterns
+        )
+        rows = {blocks: head_row(schedule, np.array(blocks)) for blocks in set(map(tuple, chosen))}
+        per_head = [rows[tuple(blocks)] for blocks in chosen]
+        note = (
+            f"heads: mean budget {budget} tokens, {self.protected} scales protected, "
+            f"{len(rows)} patterns, {(chosen @ tokens).mean():.0f} tokens a head allocated"
+        )
+        return RetentionPlan(
+            schedule,
+            tuple(
+                HeadRow(tuple(per_head[start : start + heads]))
+                for start in range(0, layers * heads, heads)
+            ),
+            note,
+        )
+
+
+def head_mass(head_density: np.ndarray) -> np.ndarray:
+    """Return the attention to every source scale, averaged over the later scales.
+
+    Args:
+      head_density: see ``LayerStats``, [layers, heads, S, S].
+
+    Returns:
+      [layers, heads, S - 1]; the last scale is no source.
+    """
+    scales = head_density.shape[-1]
+    return np.stack([head_density[:, :, j + 1 :, j].mean(-1) for j in range(scales - 1)], axis=-1)
+
+
+def choose_blocks(
+    mass: np.ndarray, tokens: np.ndarray, budget: int, protected: int, patterns: int
+) -> np.ndarray:
+    """Choose the scales that every head keeps to the end.
+
+    Args:
+      mass: worth of every scale to every head, [N, S - 1].
+      tokens: [S - 1] of every scale.
+      budget: mean tokens per head.
+      protected: coarsest scales that are always chosen; they fit.
+      patterns: most different rows of the result.
+
+    Returns:
+      [N, S - 1] bool. Of equal blocks the first head's, then the coarsest, is taken.
+    """
+    chosen = np.zeros(mass.shape, bool)
+    chosen[:, :protected] = True
+    left = budget * len(mass) - int((chosen @ tokens).sum())
+    for head, scale in np.argwhere(~chosen)[np.argsort(-(mass / tokens)[~chosen], kind="stable")]:
+        if tokens[scale] <= left:
+            chosen[head, scale] = True
+            left -= int(tokens[scale])
+    return chosen
+
+
+def head_row(schedule: ScaleSchedule, chosen: np.ndarray) -> StaticRow:
+    """Return the row of a head that keeps the ``chosen`` scales to the end, [S - 1] bool.
+
+    Slots which later chosen scales will need are lent to the latest scales that fit them whole.
+    """
+    tokens = schedule.tokens
+    capacity = sum(tokens[scale] for scale in np.flatnonzero(chosen))
+    alive: list[int] = []
+    held = [alive]
+    for step in range(1, schedule.num_scales):
+        alive = [*alive, step - 1]
+        kept = [scale for scale in alive if chosen[scale]]
+        left = capacity - sum(tokens[scale] for scale in kept)
+        for scale in reversed(alive):
+            if not chosen[scale] and tokens[scale] <= left:
+                kept.append(scale)
+                left -= tokens[scale]
+        alive = sorted(kept)
+        held.append(alive)
+    return StaticRow.from_scales(schedule, held)
