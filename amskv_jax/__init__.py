@@ -1,1 +1,104 @@
-"""Next-scale visual autoregressive image models in JAX, with a cache that keeps only what matters."""
+"""Next-scale visual autoregressive image models in JAX, with a cache that keeps only what matters.
+
+    import amskv_jax as amskv
+
+    pipe = amskv.load(directory)
+    samples = pipe.sample([207, 360], key=jax.random.key(0), policy=amskv.AMSKV())
+
+Names are imported on first use, so that importing the package takes no time and no device.
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from amskv_jax.cache import CacheLayout, KVCache
+    from amskv_jax.checkpoint import CheckpointInfo, load_checkpoint, save_checkpoint
+    from amskv_jax.configs import ModelConfig
+    from amskv_jax.convert import convert_var, export_var
+    from amskv_jax.errors import AmskvError, UsageError
+    from amskv_jax.generate import Sampler, Samples, picture_keys
+    from amskv_jax.initialize import init_checkpoint
+    from amskv_jax.memory import CacheGeometry, MemoryReport
+    from amskv_jax.models.config import VARConfig, VQVAEConfig
+    from amskv_jax.models.var import VAR
+    from amskv_jax.models.vqvae import VQVAE
+    from amskv_jax.pipeline import Pipeline, load
+    from amskv_jax.plan import RetentionPlan
+    from amskv_jax.policies import AMSKV, Explicit, Full, Policy, Sink, Window
+    from amskv_jax.sampling import TokenSampling
+    from amskv_jax.schedule import ScaleSchedule
+    from amskv_jax.stats import LayerStats
+
+__version__ = version("amskv-jax")
+
+_MODULE_OF = {
+    name: module
+    for module, names in {
+        "cache": ("CacheLayout", "KVCache"),
+        "checkpoint": ("CheckpointInfo", "load_checkpoint", "save_checkpoint"),
+        "configs": ("ModelConfig",),
+        "convert": ("convert_var", "export_var"),
+        "errors": ("AmskvError", "UsageError"),
+        "generate": ("Sampler", "Samples", "picture_keys"),
+        "initialize": ("init_checkpoint",),
+        "memory": ("CacheGeometry", "MemoryReport"),
+        "models.config": ("VARConfig", "VQVAEConfig"),
+        "models.var": ("VAR",),
+        "models.vqvae": ("VQVAE",),
+        "pipeline": ("Pipeline", "load"),
+        "plan": ("RetentionPlan",),
+        "policies": ("AMSKV", "Explicit", "Full", "Policy", "Sink", "Window"),
+        "sampling": ("TokenSampling",),
+        "schedule": ("ScaleSchedule",),
+        "stats": ("LayerStats",),
+    }.items()
+    for name in names
+}
+
+__all__ = [
+    "AMSKV",
+    "VAR",
+    "VQVAE",
+    "AmskvError",
+    "CacheGeometry",
+    "CacheLayout",
+    "CheckpointInfo",
+    "Explicit",
+    "Full",
+    "KVCache",
+    "LayerStats",
+    "MemoryReport",
+    "ModelConfig",
+    "Pipeline",
+    "Policy",
+    "RetentionPlan",
+    "Sampler",
+    "Samples",
+    "ScaleSchedule",
+    "Sink",
+    "TokenSampling",
+    "UsageError",
+    "VARConfig",
+    "VQVAEConfig",
+    "Window",
+    "convert_var",
+    "export_var",
+    "init_checkpoint",
+    "load",
+    "load_checkpoint",
+    "picture_keys",
+    "save_checkpoint",
+]
+
+if not TYPE_CHECKING:  # type checkers have the imports above, and would take any name for known
+
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

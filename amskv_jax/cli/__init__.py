@@ -1,0 +1,35 @@
+"""The command line: ``amskv``. Commands import what is heavy themselves, so ``--help`` is quick."""
+
+import os
+import sys
+
+import typer
+
+from amskv_jax.cli import convert, export, info, init, plan, sample
+from amskv_jax.cli.console import print_error
+from amskv_jax.errors import AmskvError, UsageError
+
+app = typer.Typer(
+    help="Next-scale image models with a key/value cache that keeps only what matters.",
+    epilog="AMSKV_DEBUG=1 shows where an error came from.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(convert.app, name="convert")
+app.command()(export.export)
+app.command()(info.info)
+app.command()(init.init)
+app.command()(plan.plan)
+app.command()(sample.sample)
+
+
+def main() -> None:
+    """Run the command line: exit code 1 for failures, 2 for commands that can never work."""
+    try:
+        app()
+    except (AmskvError, OSError) as error:
+        if os.environ.get("AMSKV_DEBUG"):
+            raise
+        print_error(str(error))
+        sys.exit(2 if isinstance(error, UsageError) else 1)

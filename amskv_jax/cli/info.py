@@ -1,0 +1,43 @@
+"""``amskv info``: what a checkpoint is."""
+
+from dataclasses import fields
+
+from rich.table import Table
+
+from amskv_jax.cli.console import make_console
+from amskv_jax.cli.options import CheckpointOption
+
+
+def info(checkpoint: CheckpointOption) -> None:
+    """Say what a checkpoint holds: shapes, scales, type of numbers, fingerprint."""
+    import math  # noqa: PLC0415
+
+    from amskv_jax import configs  # noqa: PLC0415
+    from amskv_jax.checkpoint import param_shapes, read_info  # noqa: PLC0415
+    from amskv_jax.pipeline import model_configs  # noqa: PLC0415
+
+    found = read_info(checkpoint)
+    parts = model_configs(found)
+    schedule = parts[0].schedule
+    known = [
+        model.name
+        for model in map(configs.get, configs.names())
+        if (model.transformer, model.tokenizer) == parts
+    ]
+    height, width = parts[1].picture_size
+    rows = {
+        "kind": found.kind,
+        "shape of": ", ".join(known) or "no known model",
+        "weights": f"{found.dtype}, fingerprint {found.fingerprint}",
+        "scales": f"{schedule} ({schedule.total} tokens)",
+        "pictures": f"{height} x {width} pixels, {parts[0].num_classes} classes",
+    }
+    for name, config in found.configs.items():
+        count = sum(math.prod(shape) for shape in param_shapes(config).values())
+        values = [f"{f.name} {getattr(config, f.name)}" for f in fields(config)]
+        shape = ", ".join(value for value in values if not value.startswith("schedule"))
+        rows[name] = f"{count / 1e6:.2f} M parameters: {shape}"
+    table = Table.grid(padding=(0, 2))
+    for row in rows.items():
+        table.add_row(*row)
+    make_console().print(table)

@@ -1,0 +1,81 @@
+"""``amskv plan``: what a policy keeps and what it costs, without weights."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from amskv_jax.cli.console import print_line, progress
+from amskv_jax.cli.files import check_outputs, check_suffix, replacing
+from amskv_jax.cli.options import Dtype, ForceOption, StatsOption
+from amskv_jax.cli.policy import takes_policy
+from amskv_jax.errors import UsageError
+
+if TYPE_CHECKING:
+    from amskv_jax.models.config import VARConfig
+    from amskv_jax.policies import Policy
+
+
+@takes_policy
+def plan(
+    *,
+    policy: "Policy",
+    model: Annotated[
+        str | None, typer.Option(help="Name of a known model, such as var-d30.")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Checkpoint to plan for, in place of a known model.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures generated at once.")] = 1,
+    dtype: Annotated[Dtype, typer.Option(help="Type of the cache.")] = Dtype.BFLOAT16,
+    stats: StatsOption = None,
+    save: Annotated[Path | None, typer.Option(help="Write the plan here (.json).")] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help='Draw the plan here (.png, .svg, .pdf); needs the extra "plot".'),
+    ] = None,
+    force: ForceOption = False,
+) -> None:
+    """Show which scales every layer keeps at every step, and the memory this takes."""
+    check_suffix(plot, {".png", ".svg", ".pdf"})
+    check_outputs(save, plot, force=force)
+
+    from amskv_jax.cli.tables import print_memory, print_plan  # noqa: PLC0415
+    from amskv_jax.plots import save_plan_plot  # noqa: PLC0415
+    from amskv_jax.policies import AMSKV, Full  # noqa: PLC0415
+    from amskv_jax.stats import LayerStats  # noqa: PLC0415
+
+    config, fingerprint = _model(model, checkpoint)
+    shape = config.schedule, config.depth
+    statistics = LayerStats.load(stats, fingerprint) if stats else None
+    made = policy.plan(*shape, statistics)
+    plans = {"this plan": made}
+    if policy != AMSKV():
+        plans = {"AMS-KV with its defaults": AMSKV().plan(*shape)} | plans
+    print_plan(made)
+    print_memory(plans, config, batch, dtype.value)
+    if save:
+        with replacing(save) as temporary:
+            temporary.write_text(made.to_json(), encoding="utf-8")
+        print_line(f"wrote {save}")
+    if plot:
+        full = Full().plan(*shape)
+        with progress("drawing"), replacing(plot) as temporary:
+            title = made.note.partition(";")[0]
+            save_plan_plot({full.note: full, title: made}, temporary)
+        print_line(f"wrote {plot}")
+
+
+def _model(model: str | None, checkpoint: Path | None) -> "tuple[VARConfig, str | None]":
+    """Return the model's shape, and the fingerprint of its weights where it has any."""
+    if model is not None and checkpoint is None:
+        from amskv_jax import configs  # noqa: PLC0415
+
+        return configs.get(model).transformer, None
+    if checkpoint is not None and model is None:
+        from amskv_jax.checkpoint import read_info  # noqa: PLC0415
+        from amskv_jax.pipeline import model_configs  # noqa: PLC0415
+
+        info = read_info(checkpoint)
+        return model_configs(info)[0], info.fingerprint
+    raise UsageError("give either --model or --checkpoint")

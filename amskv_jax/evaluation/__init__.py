@@ -1,0 +1,1 @@
+"""Evaluation: metrics, the networks they look through, and the study of all policies."""

@@ -1,0 +1,42 @@
+"""Contact sheets: many small pictures with their names on one large one."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+SMALLEST_SIDE = 128
+"""Smaller pictures are enlarged by a whole factor, pixel by pixel."""
+MARGIN, CAPTION, FONT_SIZE = 8, 24, 16
+
+
+def contact_sheet(pictures: np.ndarray, captions: Sequence[str], group: int = 1) -> Image.Image:
+    """Return pictures in rows, each above its caption; the sheet is about square.
+
+    Args:
+      pictures: [B, height, width, 3] in [0, 1].
+      captions: B texts.
+      group: this number of successive pictures always share a row.
+    """
+    count, height, width, _ = pictures.shape
+    columns = min(count, group * math.ceil(math.sqrt(count) / group))
+    factor = max(1, -(-SMALLEST_SIDE // min(height, width)))
+    height, width = height * factor, width * factor
+    font = ImageFont.load_default(FONT_SIZE)
+    step_x, step_y = width + MARGIN, height + CAPTION + MARGIN
+    size = (columns * step_x + MARGIN, -(-count // columns) * step_y + MARGIN)
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, (picture, caption) in enumerate(zip(to_uint8(pictures), captions, strict=True)):
+        x = MARGIN + index % columns * step_x
+        y = MARGIN + index // columns * step_y
+        tile = Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST)
+        sheet.paste(tile, (x, y))
+        draw.text((x + width // 2, y + height + 4), caption, "black", font, anchor="mt")
+    return sheet
+
+
+def to_uint8(pictures: np.ndarray) -> np.ndarray:
+    """Return pictures in [0, 1] as integers from 0 to 255, rounded to the nearest."""
+    return np.rint(np.clip(np.asarray(pictures), 0, 1) * 255).astype(np.uint8)

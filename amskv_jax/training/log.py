@@ -1,0 +1,178 @@
+"""The log of a run: JSON lines in a file, progress on the terminal, a plot."""
+
+import json
+import math
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from amskv_jax.errors import AmskvError, UsageError
+from amskv_jax.training.config import Run
+
+
+def check_settings(path: Path, settings: Any) -> None:
+    """Write a run's settings into its directory, or compare them with those which are there.
+
+    Args:
+      path: the JSON file.
+      settings: a dataclass.
+
+    Raises:
+      UsageError: if the directory holds a run with other settings.
+    """
+    expected = json.loads(json.dumps(asdict(settings)))
+    if not path.exists():
+        _replace(path, json.dumps(expected, indent=2) + "\n")
+        return
+    found = json.loads(path.read_text())
+    if found != expected:
+        names = (f"{name} (there {a}, now {b})" for name, a, b in _differences(found, expected))
+        raise UsageError(
+            f"{path.parent} holds a run with other settings: {', '.join(names)}; "
+            "choose another directory or go back to those settings"
+        )
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a log, without a last one which was not finished."""
+    entries = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return entries
+
+
+class Log:
+    """Writes what a run reports; a context manager.
+
+    Lines of steps after the one a run starts from are dropped, as they are about to be repeated.
+    """
+
+    def __init__(self, path: Path, name: str, run: Run, step: int) -> None:
+        """Open the log of a run that starts after ``step``."""
+        kept = [entry for entry in read_log(path) if entry["step"] <= step]
+        _replace(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+        self._file = path.open("a")
+        self._batch_size = run.batch_size
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._step, self._time = step, time.perf_counter()
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+        )
+        self._bar = self._progress.add_task(
+            name, total=run.steps, completed=step, status="compiling"
+        )
+
+    def __enter__(self) -> "Log":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+        self._file.close()
+
+    def add(self, step: int, figures: dict[str, jax.Array]) -> None:
+        """Take the figures of a call of steps that may still be running, stacked over its steps.
+
+        Only those of the call before are waited for and written, so that the device has work while
+        the host prepares the next batches.
+        """
+        self.flush()
+        self._pending = step, figures
+
+    def flush(self) -> None:
+        """Wait for the newest figures and write their means over the steps.
+
+        Raises:
+          AmskvError: if the loss is not finite.
+        """
+        if self._pending is None:
+            return
+        step, figures = self._pending
+        self._pending = None
+        means = {name: np.asarray(values).mean(0) for name, values in figures.items()}
+        now = time.perf_counter()
+        speed = (step - self._step) * self._batch_size / (now - self._time)
+        self._step, self._time = step, now
+        if not np.isfinite(means["loss"]):
+            raise AmskvError(
+                f"the loss is not finite in the steps up to {step}: lower the learning rate; "
+                "checkpoints hold the last good state"
+            )
+        self.write(step, {**means, "images_per_second": np.float64(speed)})
+        status = f"loss {means['loss']:.4f}  {speed:,.0f} images/s"
+        self._progress.update(self._bar, completed=step, status=status)
+
+    def write(self, step: int, figures: dict[str, Any]) -> None:
+        """Write one line."""
+        entry = {"step": step, **{name: _rounded(value) for name, value in figures.items()}}
+        self._file.write(json.dumps(entry) + "\n")
+        self._file.flush()
+
+
+def plot_log(path: Path, picture: Path) -> None:
+    """Draw every figure of a log over the steps, figures per scale as one line per scale.
+
+    Raises:
+      AmskvError: if the log is empty or matplotlib is not installed.
+    """
+    entries = read_log(path)
+    if not entries:
+        raise AmskvError(f"{path} is missing or empty: nothing to plot")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise AmskvError("plots need matplotlib: pip install 'amskv-jax[plot]'") from error
+    names = sorted({name for entry in entries for name in entry} - {"step"})
+    columns = 3
+    rows = math.ceil(len(names) / columns)
+    figure = Figure(figsize=(5 * columns, 3 * rows), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(rows, columns)).reshape(-1)
+    for panel, name in zip(panels, names, strict=False):
+        points = [(entry["step"], entry[name]) for entry in entries if name in entry]
+        steps, values = zip(*points, strict=True)
+        panel.set(title=name.replace("_", " "), xlabel="step")
+        lines = panel.plot(steps, values, linewidth=1)
+        if len(lines) > 1:
+            panel.legend(lines, [f"scale {i}" for i in range(len(lines))], fontsize=6, ncols=2)
+    for panel in panels[len(names) :]:
+        panel.set_axis_off()
+    figure.savefig(picture)
+
+
+def _rounded(value: Any) -> Any:
+    """Return plain numbers of 7 digits, which tell float32 apart."""
+    array = np.asarray(value, np.float64)
+    return np.vectorize(lambda number: float(f"{number:.9g}"))(array).tolist()
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file such that it is complete or untouched whenever the process dies."""
+    temporary = path.with_suffix(".partial")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def _differences(found: Any, expected: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Return name, first and second value of every leaf in which two JSON objects differ."""
+    if not (isinstance(found, dict) and isinstance(expected, dict)):
+        return [] if found == expected else [(prefix, found, expected)]
+    return [
+        difference
+        for name in sorted(found.keys() | expected.keys())
+        for difference in _differences(
+            found.get(name), expected.get(name), f"{prefix}.{name}" if prefix else name
+        )
+    ]
