@@ -1,9 +1,11 @@
-"""Attention without masks: exact sizes decide what is visible, so every back end can be the fastest."""
+"""Attention. Generation needs no masks: exact sizes decide what is visible."""
 
+from itertools import pairwise
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from amskv_jax.errors import UsageError
@@ -11,7 +13,7 @@ from amskv_jax.errors import UsageError
 Implementation = Literal["auto", "cudnn", "xla"]
 
 LOGITS_BYTES = 2**30
-"""Most bytes of float32 logits the XLA back end holds at once; more are computed in query chunks."""
+"""Most bytes of float32 logits the XLA back end holds at once; beyond, queries come in chunks."""
 
 
 def choose_implementation(
@@ -73,6 +75,41 @@ def attend(
     parts = jnp.moveaxis(padded.reshape(rows, chunks, chunk, heads, -1), 1, 0)
     output = lax.map(lambda part: _exact(part, key, value, scale), parts)
     return jnp.moveaxis(output, 0, 1).reshape(rows, chunks * chunk, heads, -1)[:, :length]
+
+
+def attend_block_causal(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    scale: float,
+    ends: tuple[int, ...],
+    implementation: Implementation = "auto",
+) -> jax.Array:
+    """Attend in blocks which see themselves and all earlier ones, as ``attend``; differentiable.
+
+    XLA attends block by block, to exactly what is visible. cuDNN has no gradient for odd sizes, so
+    it gets all at once with a mask; where even the whole is odd, XLA takes its place.
+
+    Args:
+      query: [rows, T, heads, head_dim].
+      key: like ``query``.
+      value: like ``query``.
+      scale: factor of the logits.
+      ends: where every block ends, ascending, the last at T.
+      implementation: the back end, see ``choose_implementation``.
+    """
+    chosen = choose_implementation(implementation, query.dtype, query.shape[-1])
+    if chosen == "cudnn" and ends[-1] % 2 == 0:
+        blocks = np.searchsorted(ends, np.arange(ends[-1]), side="right")
+        mask = jnp.asarray(blocks[:, None] >= blocks)[None, None]
+        return jax.nn.dot_product_attention(
+            query, key, value, mask=mask, scale=scale, implementation="cudnn"
+        )
+    parts = [
+        attend(query[:, start:stop], key[:, :stop], value[:, :stop], scale, "xla")
+        for start, stop in pairwise((0, *ends))
+    ]
+    return jnp.concatenate(parts, axis=1)
 
 
 def _exact(query: jax.Array, key: jax.Array, value: jax.Array, scale: float) -> jax.Array:

@@ -6,12 +6,14 @@ from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from amskv_jax.cache import KVCache, Slots, StaticSlots
+from amskv_jax.errors import UsageError
 from amskv_jax.generate import Sampler
 from amskv_jax.policies.full import Full
 from amskv_jax.schedule import ScaleSchedule
@@ -75,7 +77,7 @@ class AttentionObserver:
 def calibrate(
     sampler: Sampler,
     params: Any,
-    labels: jax.Array,
+    labels: jax.Array | np.ndarray,
     keys: jax.Array,
     guidance: float,
     *,
@@ -104,8 +106,12 @@ def calibrate(
       The statistics, averaged over all pictures and both halves of guidance.
 
     Raises:
+      UsageError: if there are no labels, or ``batch`` is below 1.
       AmskvError: if attention is not finite somewhere.
     """
+    chex.assert_equal_shape_prefix((labels, keys), 1)
+    if not len(labels) or batch < 1:
+        raise UsageError(f"cannot measure {len(labels)} pictures, {batch} at once: 1 or more each")
     config = sampler.transformer
     schedule = config.schedule
     sampler = replace(

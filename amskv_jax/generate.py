@@ -21,7 +21,7 @@ from amskv_jax.sampling import TokenSampling, draw, filter_logits, guide, smooth
 from amskv_jax.stack import Attention, Observer, apply_blocks
 
 DECODED_PIXELS = 16 * 256 * 256
-"""Pictures are decoded in chunks of about this many pixels, as the decoder's activations are large."""
+"""Pictures are decoded in chunks of about this many pixels: the decoder's activations are large."""
 
 
 @struct.dataclass

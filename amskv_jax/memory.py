@@ -23,12 +23,21 @@ class CacheGeometry:
     head_dim: int
     itemsize: int = 2
 
+    @classmethod
+    def of(cls, num_heads: int, head_dim: int, pictures: int, dtype: str) -> "CacheGeometry":
+        """Return the geometry of a batch with guidance; ``dtype`` is "float32" or "bfloat16"."""
+        return cls(2 * pictures, num_heads, head_dim, {"float32": 4, "bfloat16": 2}[dtype])
+
     def bytes(self, head_slots: int, scores: int = 0) -> int:
         """Return the bytes of keys and values in ``head_slots`` slots of one head, all rows.
 
         Added are those of ``scores`` float32 numbers per row, see ``rows.SelectingRow.scores``.
         """
         return self.rows * (2 * head_slots * self.head_dim * self.itemsize + 4 * scores)
+
+    def tokens(self, max_bytes: int) -> int:
+        """Return how many tokens fit in ``max_bytes``, each in all heads of one layer, all rows."""
+        return max_bytes // self.bytes(self.num_heads)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import numpy as np
 
 from amskv_jax.attention import Implementation
 from amskv_jax.checkpoint import CheckpointInfo, load_checkpoint
+from amskv_jax.embedded import find_checkpoint
 from amskv_jax.errors import AmskvError, UsageError
 from amskv_jax.generate import Sampler, Samples, picture_keys
 from amskv_jax.models.config import VARConfig, VQVAEConfig
@@ -31,6 +32,7 @@ class Pipeline:
       params: the weights, {"transformer": ..., "tokenizer": ...}.
       dtype: "float32" or "bfloat16", of weights, matrix products and cache.
       fingerprint: of the weights, see ``checkpoint.fingerprint``.
+      classes: names of the classes; none if they are not known.
     """
 
     transformer: VARConfig
@@ -38,6 +40,7 @@ class Pipeline:
     params: Any
     dtype: str
     fingerprint: str = ""
+    classes: tuple[str, ...] = ()
 
     def sampler(
         self,
@@ -51,7 +54,7 @@ class Pipeline:
     ) -> Sampler:
         """Return the compiled part of ``sample``, for use with ``params``; arguments as there."""
         if stats is not None:
-            stats.check(self.transformer.schedule, self.transformer.depth)
+            stats.check(self.transformer.schedule, self.transformer.depth, self.fingerprint or None)
         return Sampler(
             transformer=self.transformer,
             tokenizer=self.tokenizer,
@@ -110,17 +113,18 @@ class Pipeline:
         return sampler(self.params, classes, picture_keys(key, len(classes)), cfg)
 
 
-def load(directory: str | os.PathLike[str], dtype: str | None = None) -> Pipeline:
+def load(source: str | os.PathLike[str] | None = None, dtype: str | None = None) -> Pipeline:
     """Load a checkpoint onto the default device.
 
     Args:
-      directory: a folder made by ``convert_var`` or ``init_checkpoint``.
+      source: a folder made by ``convert_var`` or ``init_checkpoint``, a packed checkpoint, or the
+        name of an embedded model; by default "var-cifar10".
       dtype: "float32" or "bfloat16"; None takes the one in which the weights are stored.
 
     Raises:
-      AmskvError: if the folder is no checkpoint of a class-conditional model, or damaged.
+      AmskvError: if this is no checkpoint of a class-conditional model, or damaged.
     """
-    checkpoint = load_checkpoint(directory, dtype)
+    checkpoint = load_checkpoint(find_checkpoint(source), dtype)
     transformer, tokenizer = model_configs(checkpoint.info)
     return Pipeline(
         transformer=transformer,
@@ -128,6 +132,7 @@ def load(directory: str | os.PathLike[str], dtype: str | None = None) -> Pipelin
         params=checkpoint.params,
         dtype=dtype or checkpoint.info.dtype,
         fingerprint=checkpoint.info.fingerprint,
+        classes=checkpoint.info.classes,
     )
 
 

@@ -1,8 +1,9 @@
 """Rows of a retention plan: what one layer keeps at every step.
 
-Three kinds: ``StaticRow`` names the tokens, ``SelectingRow`` their number, ``HeadRow`` names them
-for every head apart. All are frozen and hashable, and share ``kept_tokens``, ``capacity``,
-``head_slots``, ``scores``, ``check``, ``to_json`` and ``from_json``.
+Four kinds: ``StaticRow`` names the tokens, ``SelectingRow`` their number, ``HeadRow`` names them
+for every head apart, ``online.OnlineRow`` decides everything at run time. All are frozen and
+hashable, and share ``kept_tokens``, ``capacity``, ``head_slots``, ``scores``, ``check``,
+``to_json`` and ``from_json``.
 """
 
 from collections.abc import Iterable, Sequence

@@ -11,8 +11,9 @@ from amskv_jax.attention import Implementation
 from amskv_jax.cache import CacheLayout, Slots
 
 MAX_SCANS = 4
-"""Runs of equal layers up to this number are scanned one by one. More would make the compiled program
-long, so all layers are then scanned at once and each picks its group's attention with a switch."""
+"""Runs of equal layers up to this number are scanned one by one. More would make the compiled
+program long, so all layers are then scanned at once and each picks its group's attention with a
+switch."""
 
 QKV = tuple[jax.Array, jax.Array, jax.Array]
 Attention = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]

@@ -113,8 +113,16 @@ class LayerStats:
         own = np.diagonal(self.density, axis1=1, axis2=2)
         return own * self.history_top[:, :, self.top_counts.index(top)]
 
-    def check(self, schedule: ScaleSchedule, num_layers: int) -> None:
-        """Raise AmskvError unless the statistics are of a model of this shape."""
+    def check(
+        self, schedule: ScaleSchedule, num_layers: int, fingerprint: str | None = None
+    ) -> None:
+        """Raise AmskvError unless the statistics are of this model.
+
+        Args:
+          schedule: the model's scales.
+          num_layers: layers of the model.
+          fingerprint: of its weights; None if they do not matter.
+        """
         if self.schedule != schedule:
             raise AmskvError(
                 f"the layer statistics are of a model with the scales {self.schedule}, "
@@ -124,6 +132,12 @@ class LayerStats:
             raise AmskvError(
                 f"the layer statistics are of a model with {self.num_layers} layers, "
                 f"this one has {num_layers}: calibrate this model"
+            )
+        if fingerprint is not None and self.fingerprint != fingerprint:
+            raise AmskvError(
+                f"the layer statistics are of another model (fingerprint "
+                f"{self.fingerprint or 'unknown'}, this model's is {fingerprint}): "
+                "calibrate this model"
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -165,7 +179,7 @@ class LayerStats:
           AmskvError: if the file is damaged, of another version, or of another model.
         """
         try:
-            with np.load(path, allow_pickle=False) as content:
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as content:
                 stored = {name: content[name] for name in content.files}
         except _UNREADABLE as error:
             raise AmskvError(f"cannot read the layer statistics {path}: {error}") from error
@@ -188,10 +202,8 @@ class LayerStats:
             )
         except (ValueError, KeyError, TypeError) as error:
             raise AmskvError(f"the layer statistics {path} are damaged: {error}") from error
-        if fingerprint is not None and stats.fingerprint != fingerprint:
-            raise AmskvError(
-                f"{path} holds layer statistics of another model (fingerprint "
-                f"{stats.fingerprint or 'unknown'}, this model's is {fingerprint}): "
-                "calibrate this model"
-            )
+        try:
+            stats.check(stats.schedule, stats.num_layers, fingerprint)
+        except AmskvError as error:
+            raise AmskvError(f"{path}: {error}") from error
         return stats

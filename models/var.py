@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from amskv_jax.attention import Implementation, attend
+from amskv_jax.attention import Implementation, attend_block_causal
 from amskv_jax.models.config import VARConfig
 from amskv_jax.models.precision import precision_of
 from amskv_jax.stack import Attention
@@ -91,8 +91,8 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, Any]:
         """Map the residual stream [rows, T, D] float32 to the next one and ``attention``'s carry.
 
-        ``modulation`` [rows, 6, D] holds two gates, two scales and two shifts, in this order; of each
-        pair the first belongs to the attention, the second to the feed-forward part.
+        ``modulation`` [rows, 6, D] holds two gates, two scales and two shifts, in this order; of
+        each pair the first belongs to the attention, the second to the feed-forward part.
         """
         gate1, gate2, scale1, scale2, shift1, shift2 = (modulation[:, i, None] for i in range(6))
         h, carry = SelfAttention(self.config, self.dtype, name="attention")(
@@ -216,15 +216,9 @@ class VAR(nn.Module):
     def _block_causal(
         self, query: jax.Array, key: jax.Array, value: jax.Array
     ) -> tuple[jax.Array, None]:
-        """Attend scale by scale to exactly what is visible: the block-causal mask without a mask."""
-        schedule, scale = self.config.schedule, self.config.attention_scale
-        parts = [
-            attend(
-                query[:, schedule.slice(i)], key[:, :stop], value[:, :stop], scale, self.attention
-            )
-            for i, stop in enumerate(schedule.offsets[1:])
-        ]
-        return jnp.concatenate(parts, axis=1), None
+        """Attend to the own scale and all earlier ones."""
+        ends, scale = self.config.schedule.offsets[1:], self.config.attention_scale
+        return attend_block_causal(query, key, value, scale, ends, self.attention), None
 
 
 class StackedDense(nn.Module):

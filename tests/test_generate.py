@@ -90,9 +90,7 @@ def test_lowers_for_every_platform(params, dtype):
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), params)
 
     def run(params, labels, key_data, guidance):
-        return dict(sample(params, labels, jax.random.wrap_key_data(key_data), guidance).items())[
-            "pictures"
-        ]
+        return sample(params, labels, jax.random.wrap_key_data(key_data), guidance).pictures
 
     exported = jax.export.export(jax.jit(run), platforms=["tpu", "cuda", "cpu"])(
         shapes, LABELS, jax.random.key_data(KEYS), 1.5

@@ -5,7 +5,21 @@ import sys
 
 import typer
 
-from amskv_jax.cli import convert, export, info, init, plan, sample
+from amskv_jax.cli import (
+    analyze,
+    bench,
+    calibrate,
+    convert,
+    evaluate,
+    export,
+    info,
+    init,
+    pack,
+    plan,
+    sample,
+    study,
+    train,
+)
 from amskv_jax.cli.console import print_error
 from amskv_jax.errors import AmskvError, UsageError
 
@@ -16,18 +30,25 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(analyze.analyze)
+app.command()(bench.bench)
+app.command()(calibrate.calibrate)
 app.add_typer(convert.app, name="convert")
+app.command("eval")(evaluate.evaluate)
 app.command()(export.export)
 app.command()(info.info)
 app.command()(init.init)
+app.command()(pack.pack)
 app.command()(plan.plan)
 app.command()(sample.sample)
+app.add_typer(study.app, name="study")
+app.add_typer(train.app, name="train")
 
 
 def main() -> None:
     """Run the command line: exit code 1 for failures, 2 for commands that can never work."""
     try:
-        app()
+        app(prog_name="amskv")
     except (AmskvError, OSError) as error:
         if os.environ.get("AMSKV_DEBUG"):
             raise

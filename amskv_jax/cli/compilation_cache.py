@@ -2,12 +2,14 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 
 def use_compilation_cache() -> None:
     """Make JAX keep compiled programs, unless the user has set a folder for them."""
     import jax  # noqa: PLC0415
 
-    if jax.config.read("jax_compilation_cache_dir") is None:
+    config: Any = jax.config  # its type knows no options
+    if not config.jax_compilation_cache_dir:
         caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(Path(caches) / "amskv_jax"))
+        config.update("jax_compilation_cache_dir", str(Path(caches) / "amskv_jax"))

@@ -33,6 +33,14 @@ def check_suffix(path: Path | None, known: set[str]) -> None:
         raise UsageError(f"{path} is of an unknown type: expected {', '.join(sorted(known))}")
 
 
+def free_name(path: Path) -> Path:
+    """Return ``path``, or the first of path-2, path-3, ... if it exists already."""
+    number, free = 2, path
+    while free.exists():
+        free, number = path.with_stem(f"{path.stem}-{number}"), number + 1
+    return free
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary name in the same folder, which becomes ``path`` when all went well.

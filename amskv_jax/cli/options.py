@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from amskv_jax.embedded import find_checkpoint
 from amskv_jax.errors import UsageError
 
 
@@ -26,7 +27,14 @@ class Attention(StrEnum):
 
 
 CheckpointOption = Annotated[
-    Path, typer.Option("--checkpoint", help="Folder made by `amskv convert` or `amskv init`.")
+    Path,
+    typer.Option(
+        "--checkpoint",
+        help="Folder made by `amskv convert`, `train` or `init`, file made by `amskv pack`, or the "
+        "embedded model var-cifar10.",
+        parser=find_checkpoint,
+        metavar="PATH",
+    ),
 ]
 OutFolderOption = Annotated[
     Path, typer.Option("--out", help="Folder to make; it must not exist or be empty.")
@@ -38,6 +46,27 @@ StatsOption = Annotated[
     ),
 ]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of the random numbers.")]
+GuidanceOption = Annotated[
+    float, typer.Option("--cfg", help="Guidance strength at the last scale.")
+]
+TopKOption = Annotated[
+    int,
+    typer.Option("--top-k", min=0, help="Draw from the k likeliest tokens; 0: all, 1: greedy."),
+]
+TopPOption = Annotated[
+    float,
+    typer.Option(
+        "--top-p", min=0, max=1, help="Draw from tokens of this probability in total; 0: all."
+    ),
+]
+CompilationCacheOption = Annotated[
+    bool,
+    typer.Option(
+        "--compilation-cache/--no-compilation-cache",
+        help="Keep compiled programs in the user's cache folder.",
+    ),
+]
 
 
 def parse_numbers(text: str, option: str) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ import typer
 from amskv_jax.cli.console import print_line, progress
 from amskv_jax.cli.files import check_outputs, check_suffix, replacing
 from amskv_jax.cli.options import Dtype, ForceOption, StatsOption
-from amskv_jax.cli.policy import takes_policy
+from amskv_jax.cli.policy import WithinBytes, plan_for, takes_policy
 from amskv_jax.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @takes_policy
 def plan(
     *,
-    policy: "Policy",
+    policy: "Policy | WithinBytes",
     model: Annotated[
         str | None, typer.Option(help="Name of a known model, such as var-d30.")
     ] = None,
@@ -48,7 +48,7 @@ def plan(
     config, fingerprint = _model(model, checkpoint)
     shape = config.schedule, config.depth
     statistics = LayerStats.load(stats, fingerprint) if stats else None
-    made = policy.plan(*shape, statistics)
+    made = plan_for(policy, config, batch, dtype.value, statistics)
     plans = {"this plan": made}
     if policy != AMSKV():
         plans = {"AMS-KV with its defaults": AMSKV().plan(*shape)} | plans

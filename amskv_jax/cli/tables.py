@@ -1,16 +1,16 @@
 """Tables about retention plans."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
+import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from amskv_jax.cli.console import make_console, print_line
-from amskv_jax.describe import byte_size, layers_by_row, number_ranges
+from amskv_jax.describe import byte_size, decimal, layers_by_row, number_ranges, scale_shares
 from amskv_jax.memory import CacheGeometry, MemoryReport
 from amskv_jax.models.config import VARConfig
-from amskv_jax.plan import RetentionPlan, Segment
-from amskv_jax.schedule import ScaleSchedule
+from amskv_jax.plan import RetentionPlan
 
 
 def print_plan(plan: RetentionPlan) -> None:
@@ -22,13 +22,15 @@ def print_plan(plan: RetentionPlan) -> None:
     for step, (height, width) in enumerate(schedule.grids):
         table.add_column(f"{step}\n{height}x{width}", justify="right")
     for row, layers in layers_by_row(plan).items():
-        cells = [
-            f"{tokens}\n{_scales(schedule, segments)}"
-            for tokens, segments in zip(row.kept_tokens, row.keep, strict=True)
-        ]
+        read = map(decimal, row.kept_tokens)
+        scales = map(_scales, scale_shares(row, schedule).T)
+        cells = [f"{tokens}\n{names}" for tokens, names in zip(read, scales, strict=True)]
         table.add_row(number_ranges(layers), str(row.capacity), *cells)
     print_line(plan.note)
-    print_line("Tokens read from the cache at each step, and their scales (*: in part):")
+    print_line(
+        "Tokens read from the cache at each step, and their scales "
+        "(*: in part, or by some heads; ?: decided while drawing):"
+    )
     make_console().print(table)
 
 
@@ -43,9 +45,7 @@ def print_memory(
       batch: pictures generated at once.
       dtype: "float32" or "bfloat16", of the cache.
     """
-    itemsize = {"float32": 4, "bfloat16": 2}[dtype]
-    # Guidance carries a row without label for every picture.
-    geometry = CacheGeometry(2 * batch, config.num_heads, config.head_dim, itemsize)
+    geometry = CacheGeometry.of(config.num_heads, config.head_dim, batch, dtype)
     reports = {name: MemoryReport.of(plan, geometry) for name, plan in plans.items()}
     baseline = next(iter(reports.values()))
     scales = f"all {config.schedule.num_scales} scales"
@@ -70,11 +70,10 @@ def print_memory(
     )
 
 
-def _scales(schedule: ScaleSchedule, segments: Iterable[Segment]) -> str:
-    """Return the ids of scales which are held whole, then of those held in part, with a star."""
-    held: dict[int, int] = {}
-    for segment in segments:
-        held[segment.scale] = held.get(segment.scale, 0) + segment.tokens
-    whole = [scale for scale, tokens in held.items() if tokens == schedule.tokens[scale]]
-    partly = [f"{scale}*" for scale in held if scale not in whole]
-    return ", ".join([*filter(None, [number_ranges(whole)]), *partly])
+def _scales(shares: np.ndarray) -> str:
+    """Return the ids of scales which are read whole, then of those read in part, with a star."""
+    if np.isnan(shares).any():
+        return "?"
+    whole = number_ranges(np.flatnonzero(shares == 1).tolist())
+    partly = [f"{scale}*" for scale in np.flatnonzero((shares > 0) & (shares < 1))]
+    return ", ".join([*filter(None, [whole]), *partly])

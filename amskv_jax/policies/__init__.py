@@ -5,6 +5,9 @@ from amskv_jax.policies.ams import AMSKV
 from amskv_jax.policies.base import Policy
 from amskv_jax.policies.explicit import Explicit
 from amskv_jax.policies.full import Full
+from amskv_jax.policies.h2o import H2O
+from amskv_jax.policies.heads import Heads
+from amskv_jax.policies.scalekv import ScaleKV
 from amskv_jax.policies.window import Sink, Window
 
 REGISTRY: dict[str, type[Policy]] = {
@@ -12,6 +15,9 @@ REGISTRY: dict[str, type[Policy]] = {
     "ams": AMSKV,
     "window": Window,
     "sink": Sink,
+    "h2o": H2O,
+    "scalekv": ScaleKV,
+    "heads": Heads,
     "explicit": Explicit,
 }
 """Name on the command line -> policy."""
@@ -25,4 +31,16 @@ def policy_class(name: str) -> type[Policy]:
         raise UsageError(f"unknown policy {name!r}: expected {', '.join(REGISTRY)}") from None
 
 
-__all__ = ["AMSKV", "REGISTRY", "Explicit", "Full", "Policy", "Sink", "Window", "policy_class"]
+__all__ = [
+    "AMSKV",
+    "H2O",
+    "REGISTRY",
+    "Explicit",
+    "Full",
+    "Heads",
+    "Policy",
+    "ScaleKV",
+    "Sink",
+    "Window",
+    "policy_class",
+]

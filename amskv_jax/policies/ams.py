@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from math import floor
-from typing import Literal
+from math import floor, isnan
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -13,9 +13,33 @@ from amskv_jax.errors import AmskvError, UsageError
 from amskv_jax.online import OnlineRow
 from amskv_jax.plan import RetentionPlan, StaticRow
 from amskv_jax.policies.base import CONDENSED, default_capacities, first_third
+from amskv_jax.policies.theta import automatic_theta
 from amskv_jax.policies.walk import adaptive_walk, distinct_capacities
 from amskv_jax.schedule import ScaleSchedule
 from amskv_jax.stats import LayerStats
+
+
+class Classes(NamedTuple):
+    """Which layers of a calibrated model are cache-demanding, and why.
+
+    Attributes:
+      theta: similarity below which a layer is demanding.
+      how: a phrase on where theta comes from.
+      overflows: the scales that find no room in C_min: only there similarity counts.
+      lowest: lowest similarity at these scales, [layers]; infinite if there are none.
+      expansions: per layer, the scale at which it gets C_max; None if it is efficient.
+    """
+
+    theta: float
+    how: str
+    overflows: tuple[int, ...]
+    lowest: np.ndarray
+    expansions: tuple[int | None, ...]
+
+    @property
+    def demanding(self) -> tuple[int, ...]:
+        """The cache-demanding layers."""
+        return tuple(i for i, scale in enumerate(self.expansions) if scale is not None)
 
 
 @dataclass(frozen=True)
@@ -36,6 +60,8 @@ class AMSKV:
       theta: similarity below which a layer is demanding; if not given, see ``automatic_theta``.
       target_saving: share to save of a cache of all scales in the same dtype ("bf16-full"), 0 to
         1; the capacities which are not given are chosen to meet it, see ``fit``.
+      max_tokens: the same, as the most tokens which all layers together may hold; see
+        ``memory.CacheGeometry.tokens`` for how many fit in a number of bytes.
       allocation: "similarity" gives C_max to the demanding layers only (S2 in the paper's table
         2); "uniform" spreads the same sum of capacities evenly over all layers (S1). As only whole
         scales are kept, the uniform plan may hold fewer tokens than its capacity.
@@ -52,6 +78,7 @@ class AMSKV:
     demanding_layers: tuple[int, ...] | None = None
     theta: float | None = None
     target_saving: float | None = None
+    max_tokens: int | None = None
     allocation: Literal["similarity", "uniform"] = "similarity"
     online: bool = False
 
@@ -62,19 +89,28 @@ class AMSKV:
             raise UsageError(
                 "give either the demanding layers or theta, which finds them, not both"
             )
+        if self.theta is not None and isnan(self.theta):
+            raise UsageError("theta must be a number, not NaN")
         if self.target_saving is not None and not 0 <= self.target_saving <= 1:
             raise UsageError(
                 f"the target saving must lie between 0 and 1, not {self.target_saving}"
             )
+        if self.max_tokens is not None and self.max_tokens < 0:
+            raise UsageError(f"the cache must hold 0 or more tokens, not {self.max_tokens}")
+        if None not in (self.target_saving, self.max_tokens):
+            raise UsageError("give either a target saving or the most tokens to hold, not both")
         if self.allocation not in ("similarity", "uniform"):
             raise UsageError(
                 f"unknown allocation {self.allocation!r}: expected similarity or uniform"
             )
-        beforehand = (self.demanding_layers, self.target_saving) != (None, None)
-        if self.online and (beforehand or self.allocation == "uniform"):
+        if self.online and (
+            (self.demanding_layers, self.target_saving, self.max_tokens) != (None, None, None)
+            or self.allocation == "uniform"
+        ):
             raise UsageError(
                 "the online variant decides while it draws: give it capacities and theta, and "
-                "neither demanding layers nor a target saving nor a uniform allocation"
+                "neither demanding layers nor a target saving, nor a most number of tokens, nor "
+                "a uniform allocation"
             )
         _check_capacities(self.c_min, self.c_max)
 
@@ -84,29 +120,18 @@ class AMSKV:
         """Return the plan; see ``Policy.plan``."""
         if stats is not None:
             stats.check(schedule, num_layers)
-        if self.target_saving is not None:
-            max_tokens = floor(schedule.total * num_layers * (1 - self.target_saving) + 1e-6)
+        budget = self._budget(schedule, num_layers)
+        if budget is not None:
+            max_tokens, aim = budget
             plan = self.fit(schedule, num_layers, max_tokens, stats).plan(
                 schedule, num_layers, stats
             )
-            note = f"{plan.note}; capacities fitted to save {self.target_saving:.1%}"
-            return replace(plan, note=note)
-        default_min, default_max = default_capacities(schedule, self.condensed)
-        c_min = (
-            self.c_min if self.c_min is not None else min(default_min, self.c_max or default_min)
-        )
-        c_max = self.c_max if self.c_max is not None else max(default_max, c_min)
-        _check_capacities(c_min, c_max)
-        locked = self._locked_tokens(schedule)
-        if c_min < locked:
-            raise AmskvError(
-                f"C_min is {c_min} tokens, but the {self.condensed} condensed scales need "
-                f"{locked}: raise C_min or lock fewer scales"
-            )
+            return replace(plan, note=f"{plan.note}; capacities fitted to {aim}")
+        c_min, c_max = self._capacities(schedule)
         note = f"AMS-KV: C_min {c_min}, C_max {c_max}, condensed {self.condensed}"
         overflows = adaptive_walk(schedule, c_min, c_min, self.condensed).overflows
         if self.online:
-            theta, how = self._theta(overflows, stats)
+            theta, how = self._online_theta(overflows, stats)
             row = OnlineRow(schedule.tokens, c_min, c_max, self.condensed, theta)
             note += f"; {how}; layers are classified while drawing"
             return RetentionPlan(schedule, (row,) * num_layers, note)
@@ -125,18 +150,65 @@ class AMSKV:
         }
         return RetentionPlan(schedule, tuple(rows[step] for step in expansions), note)
 
+    def classify(self, stats: LayerStats) -> Classes:
+        """Return which layers the calibrated similarities and theta make cache-demanding."""
+        schedule, num_layers = stats.schedule, stats.num_layers
+        budget = self._budget(schedule, num_layers)
+        fixed = self if budget is None else self.fit(schedule, num_layers, budget[0], stats)
+        c_min, _ = fixed._capacities(schedule)
+        overflows = adaptive_walk(schedule, c_min, c_min, self.condensed).overflows
+        return self._classes(overflows, stats)
+
+    def _budget(self, schedule: ScaleSchedule, num_layers: int) -> tuple[int, str] | None:
+        """Return the most tokens that all layers may hold, and a phrase on why, if that is set."""
+        if self.target_saving is not None:
+            kept = schedule.total * num_layers * (1 - self.target_saving)
+            return floor(kept + 1e-6), f"save {self.target_saving:.1%}"
+        if self.max_tokens is not None:
+            return self.max_tokens, f"hold at most {self.max_tokens} tokens in all layers"
+        return None
+
+    def _capacities(self, schedule: ScaleSchedule) -> tuple[int, int]:
+        """Return C_min and C_max, of which what is not given is the default or near it."""
+        c_min, c_max = default_capacities(schedule, self.condensed)
+        if self.c_min is not None:
+            c_min, c_max = self.c_min, max(c_max, self.c_min)
+        if self.c_max is not None:
+            c_min, c_max = min(c_min, self.c_max) if self.c_min is None else c_min, self.c_max
+        locked = self._locked_tokens(schedule)
+        if c_min < locked:
+            raise AmskvError(
+                f"C_min is {c_min} tokens, but the {self.condensed} condensed scales need "
+                f"{locked}: raise C_min or lock fewer scales"
+            )
+        return c_min, c_max
+
     def _locked_tokens(self, schedule: ScaleSchedule) -> int:
         """Return the tokens of the condensed scales, which no capacity can go below."""
         return sum(schedule.tokens[:-1][: self.condensed])
 
-    def _theta(self, overflows: list[int], stats: LayerStats | None) -> tuple[float, str]:
-        """Return theta, and how it was found, for layers that find no room for ``overflows``."""
-        if self.theta is not None:
-            return self.theta, f"theta {self.theta:.6g} as given"
-        if stats is None:
+    def _classes(self, overflows: list[int], stats: LayerStats) -> Classes:
+        """Classify layers that find no room for the scales ``overflows`` in C_min."""
+        lowest = stats.similarity[:, overflows].min(1, initial=np.inf)
+        if self.theta is None:
+            theta, separation = automatic_theta(lowest)
+            how = f"theta {theta:.6g} by Otsu's split (separation {separation:.2f})"
+            if theta == -np.inf:
+                how = "no theta, as similarity sets no layers apart"
+        else:
+            theta, how = self.theta, f"theta {self.theta:.6g} as given"
+        expansions = tuple(
+            next((scale for scale in overflows if similarity[scale] < theta), None)
+            for similarity in stats.similarity
+        )
+        return Classes(theta, how, tuple(overflows), lowest, expansions)
+
+    def _online_theta(self, overflows: list[int], stats: LayerStats | None) -> tuple[float, str]:
+        if stats is not None:
+            return self._classes(overflows, stats)[:2]
+        if self.theta is None:
             raise UsageError("the online variant needs theta, or a calibration run to find it")
-        theta, separation = automatic_theta(stats.similarity[:, overflows].min(1, initial=np.inf))
-        return theta, f"theta {theta:.6g} by Otsu's split (separation {separation:.2f})"
+        return self.theta, f"theta {self.theta:.6g} as given"
 
     def _expansions(
         self, num_layers: int, overflows: list[int], stats: LayerStats | None
@@ -151,13 +223,9 @@ class AMSKV:
             return tuple(first if i in layers else None for i in range(num_layers)), how
         if stats is None:
             raise UsageError("theta needs the similarities of a calibration run: give its file")
-        theta, how = self._theta(overflows, stats)
-        expansions = tuple(
-            next((scale for scale in overflows if similarity[scale] < theta), None)
-            for similarity in stats.similarity
-        )
-        demanding = number_ranges(i for i, scale in enumerate(expansions) if scale is not None)
-        return expansions, f"calibrated, {how}, demanding layers {demanding or 'none'}"
+        classes = self._classes(overflows, stats)
+        demanding = number_ranges(classes.demanding) or "none"
+        return classes.expansions, f"calibrated, {classes.how}, demanding layers {demanding}"
 
     def _stated_layers(self, num_layers: int) -> tuple[tuple[int, ...], str]:
         if self.demanding_layers is None:
@@ -197,37 +265,39 @@ class AMSKV:
             raise UsageError("a uniform allocation takes either capacities or a budget, not both")
         if stats is not None:
             stats.check(schedule, num_layers)
-        attention = _attention(schedule, num_layers, stats)
+        attention, tokens = _attention(schedule, num_layers, stats), schedule.tokens
         best, best_value, smallest = None, (-1.0, 0), schedule.total * num_layers
         for c_min in self._smaller_capacities(schedule):
             overflows = adaptive_walk(schedule, c_min, c_min, self.condensed).overflows
             expansions, _ = self._expansions(num_layers, overflows, stats)
             if self.allocation == "uniform":
                 expansions = (None,) * num_layers
-            members = {
-                step: [layer for layer, other in enumerate(expansions) if other == step]
-                for step in expansions
-            }
+            # Layers that expand at the same scale go the same way, so their attention is added up.
+            members = [
+                (step, expansions.count(step), attention[[e == step for e in expansions]].sum(0))
+                for step in set(expansions)
+            ]
             for c_max in self._larger_capacities(schedule, c_min, expansions):
                 kept, total = 0.0, 0
-                for step, layers in members.items():
-                    walk = adaptive_walk(schedule, c_min, c_max, self.condensed, step)
-                    row = StaticRow.from_scales(schedule, walk.held)
+                for step, layers, worth in members:
+                    held = adaptive_walk(schedule, c_min, c_max, self.condensed, step).held
                     kept += sum(
-                        attention[layers, i, segment.scale].sum()
-                        for i, segments in enumerate(row.keep)
-                        for segment in segments
+                        worth[i, scale] for i, scales in enumerate(held) for scale in scales
                     )
-                    total += row.capacity * len(layers)
+                    total += layers * max(sum(tokens[j] for j in scales) for scales in held)
                 smallest = min(total, smallest)
                 if total <= max_tokens and (kept, -total) > best_value:
-                    best = replace(self, c_min=c_min, c_max=c_max, target_saving=None)
+                    best = replace(
+                        self, c_min=c_min, c_max=c_max, target_saving=None, max_tokens=None
+                    )
                     best_value = kept, -total
         if best is None:
             everything = schedule.total * num_layers
+            given = {"C_min": self.c_min, "C_max": self.c_max, "condensed": self.condensed}
+            options = [f"{name} {value}" for name, value in given.items() if value is not None]
             raise AmskvError(
                 f"no AMS-KV plan holds at most {max_tokens} tokens in {num_layers} layers: "
-                f"the smallest with {self.condensed} condensed scales holds {smallest} "
+                f"the smallest with {', '.join(options)} holds {smallest} "
                 f"({1 - smallest / everything:.1%} saved of the full cache of all scales)"
             )
         return best
@@ -260,36 +330,6 @@ def _attention(schedule: ScaleSchedule, num_layers: int, stats: LayerStats | Non
         return stats.density * tokens[:, None]
     even = np.outer(tokens / np.cumsum(tokens), tokens)
     return np.broadcast_to(even, (num_layers, *even.shape))
-
-
-def automatic_theta(similarity: np.ndarray) -> tuple[float, float]:
-    """Split layers into demanding and efficient ones by Otsu's method (1979).
-
-    Each layer is given by the lowest similarity at any scale that finds no room: Algorithm 1 calls
-    a layer demanding exactly if that number lies below theta. Of all ways to cut the sorted numbers
-    in two, Otsu's has the largest variance between the classes. Unlike the largest gap, it weighs
-    classes by size, so one odd layer does not become a class of its own; it needs no parameter, and
-    does not change if all similarities are shifted or scaled. Theta lies halfway between the
-    classes, as far from either as it can be.
-
-    Args:
-      similarity: [layers].
-
-    Returns:
-      Theta, and the separation: the share of the variance that lies between the classes, 0 to 1.
-      If all layers are equal, theta is minus infinity: none is demanding.
-    """
-    ordered = np.sort(similarity)
-    count, total = len(ordered), ordered.sum()
-    best, theta = 0.0, -np.inf
-    for low in range(1, count):
-        if ordered[low - 1] < ordered[low]:
-            below = ordered[:low].sum()
-            distance = below / low - (total - below) / (count - low)
-            between = low * (count - low) / count**2 * distance**2
-            if between > best:
-                best, theta = between, (ordered[low - 1] + ordered[low]) / 2
-    return float(theta), float(best / ordered.var()) if best else 0.0
 
 
 def _check_capacities(c_min: int | None, c_max: int | None) -> None:

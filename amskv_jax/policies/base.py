@@ -26,8 +26,10 @@ def first_third(num_layers: int) -> tuple[int, ...]:
 
 
 def default_capacities(schedule: ScaleSchedule, condensed: int = CONDENSED) -> tuple[int, int]:
-    """Return C_min and C_max in tokens: what the last step finds of the condensed scales and of
-    one (C_min) or three (C_max) local scales before it.
+    """Return the default C_min and C_max in tokens.
+
+    They hold what the last step finds of the condensed scales and of one (C_min) or three (C_max)
+    local scales before it.
     """
     last = schedule.num_scales - 1
 

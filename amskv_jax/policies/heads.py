@@ -15,10 +15,10 @@ from amskv_jax.stats import LayerStats
 class Heads:
     """Keeps, per head, the scales with the most calibrated attention per token.
 
-    After the idea of HeatKV, arXiv 2605.14877: a static schedule of (head, scale) blocks. A block is
-    worth the attention which the head gives to the scale, averaged over the later scales (the
-    paper's S-CAS). The blocks worth most per token are kept to the end, as many as the budget of the
-    whole model holds; slots that are not needed yet hold the latest other scales meanwhile.
+    After the idea of HeatKV, arXiv 2605.14877: a static schedule of (head, scale) blocks. A block
+    is worth the attention which the head gives to the scale, averaged over the later scales (the
+    paper's S-CAS). The blocks worth most per token are kept to the end, as many as the budget of
+    the whole model holds; slots not needed yet hold the latest other scales meanwhile.
 
     Attributes:
       budget: mean tokens per head, over all heads and layers, that are allocated; default: the mean
@@ -41,7 +41,7 @@ class Heads:
         if self.protected < 0:
             raise UsageError(f"protected must be 0 or more scales, not {self.protected}")
         if self.patterns < 1:
-            raise UsageError(f"there must be 1 or more patterns, not {self.patterns}")
+            raise UsageError(f"the patterns must be 1 or more, not {self.patterns}")
 
     def plan(
         self, schedule: ScaleSchedule, num_layers: int, stats: LayerStats | None = None
@@ -69,7 +69,8 @@ class Heads:
         per_head = [rows[tuple(blocks)] for blocks in chosen]
         note = (
             f"heads: mean budget {budget} tokens, {self.protected} scales protected, "
-            f"{len(rows)} patterns, {(chosen @ tokens).mean():.0f} tokens a head allocated"
+            f"{len(rows)} different sets of scales, "
+            f"{(chosen @ tokens).mean():.0f} tokens a head allocated"
         )
         return RetentionPlan(
             schedule,
@@ -99,6 +100,11 @@ def choose_blocks(
 ) -> np.ndarray:
     """Choose the scales that every head keeps to the end.
 
+    If the heads would get too many different sets, only some are offered: the one that an average
+    head would get, which always fits, and those which most heads would get. Every head starts with
+    the smallest, and moves to another as long as the budget lasts, the move which gains most per
+    token first.
+
     Args:
       mass: worth of every scale to every head, [N, S - 1].
       tokens: [S - 1] of every scale.
@@ -109,6 +115,18 @@ def choose_blocks(
     Returns:
       [N, S - 1] bool. Of equal blocks the first head's, then the coarsest, is taken.
     """
+    chosen = _best_blocks(mass, tokens, budget, protected)
+    sets, heads = np.unique(chosen, axis=0, return_counts=True)
+    if len(sets) <= patterns:
+        return chosen
+    average = _best_blocks(mass.mean(0, keepdims=True), tokens, budget, protected)
+    others = sets[np.argsort(-heads, kind="stable")]
+    others = others[(others != average).any(1)][: patterns - 1]
+    return _assign(mass, tokens, budget, np.concatenate([average, others]))
+
+
+def _best_blocks(mass: np.ndarray, tokens: np.ndarray, budget: int, protected: int) -> np.ndarray:
+    """Choose the blocks worth most per token, however many sets that makes."""
     chosen = np.zeros(mass.shape, bool)
     chosen[:, :protected] = True
     left = budget * len(mass) - int((chosen @ tokens).sum())
@@ -117,6 +135,21 @@ def choose_blocks(
             chosen[head, scale] = True
             left -= int(tokens[scale])
     return chosen
+
+
+def _assign(mass: np.ndarray, tokens: np.ndarray, budget: int, sets: np.ndarray) -> np.ndarray:
+    """Give every head one of the ``sets`` [P, S - 1], of which the smallest fits all."""
+    price, worth = sets @ tokens, mass @ sets.T
+    heads, own = np.arange(len(mass)), np.full(len(mass), price.argmin())
+    while True:
+        gain = worth - worth[heads, own][:, None]
+        cost = price - price[own][:, None]
+        possible = (gain > 0) & (cost <= budget * len(mass) - price[own].sum())
+        if not possible.any():
+            return sets[own]
+        rate = np.where(cost > 0, gain / np.maximum(cost, 1), np.inf)
+        head, chosen = np.unravel_index(np.where(possible, rate, -1).argmax(), rate.shape)
+        own[head] = chosen
 
 
 def head_row(schedule: ScaleSchedule, chosen: np.ndarray) -> StaticRow:

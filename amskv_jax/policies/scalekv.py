@@ -64,7 +64,8 @@ class ScaleKV:
     budget_file: str | None = None
 
     def __post_init__(self) -> None:
-        WindowScores(self.window or LARGEST_WINDOW, self.kernel, self.mode)
+        window = LARGEST_WINDOW if self.window is None else self.window
+        WindowScores(window, self.kernel, self.mode)
         if self.budget is not None and self.budget < 0:
             raise UsageError(f"the budget must be 0 or more tokens, not {self.budget}")
         if self.budget is not None and self.budget_file is not None:
@@ -92,7 +93,7 @@ class ScaleKV:
             shares = self.refiners_first, self.refiners_last
             counts = allocate(schedule, budget, drafters, shares)
             how = f"mean budget {budget} tokens; {how}"
-        window = self.window or fitting_window(schedule, counts)
+        window = fitting_window(schedule, counts) if self.window is None else self.window
         selector = WindowScores(window, self.kernel, self.mode)
         rows = tuple(SelectingRow(tuple(map(int, layer)), selector) for layer in counts)
         note = (

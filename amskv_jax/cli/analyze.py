@@ -1,0 +1,57 @@
+"""``amskv analyze``: pictures and tables that explain why a plan looks as it does."""
+
+import csv
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from amskv_jax.cli.console import print_line, progress
+from amskv_jax.cli.files import check_outputs, replacing
+from amskv_jax.cli.options import ForceOption, parse_numbers
+
+
+def analyze(
+    *,
+    stats: Annotated[
+        Path, typer.Option(help="Layer statistics, as `amskv calibrate` writes them.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the files; made if it does not exist.")],
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Layers to show apart; if not given, some from the first to the last.",
+            metavar="0,9-11",
+        ),
+    ] = None,
+    force: ForceOption = False,
+) -> None:
+    """Draw where the attention goes and what AMS-KV keeps; needs the extra "plot".
+
+    Pictures: attention between scales, similarity of keys with the cache-demanding layers marked,
+    tokens kept by the default AMS-KV plan, attention of every head. Their numbers: CSV files.
+    """
+    numbers = parse_numbers(layers, "--layers") if layers is not None else None
+
+    from amskv_jax.analysis import Analysis  # noqa: PLC0415
+    from amskv_jax.heatmaps import FIGURES  # noqa: PLC0415
+    from amskv_jax.stats import LayerStats  # noqa: PLC0415
+
+    analysis = Analysis(LayerStats.load(stats))
+    chosen, tables = analysis.chosen_layers(numbers), analysis.tables()
+    pictures = {name: out / f"{name}.png" for name in FIGURES}
+    sheets = {name: out / f"{name}.csv" for name in tables}
+    if out.exists() or not out.parent.is_dir():
+        check_outputs(*pictures.values(), *sheets.values(), force=force)
+    with progress("drawing"):
+        figures = {path: FIGURES[name](analysis, chosen) for name, path in pictures.items()}
+        out.mkdir(exist_ok=True)
+        for path, figure in figures.items():
+            with replacing(path) as temporary:
+                figure.savefig(temporary, dpi=150)
+    for name, path in sheets.items():
+        head, rows = tables[name]
+        with replacing(path) as temporary, temporary.open("w", newline="") as file:
+            csv.writer(file).writerows([head, *rows])
+    for path in (*pictures.values(), *sheets.values()):
+        print_line(f"wrote {path}")

@@ -1,0 +1,140 @@
+"""``amskv bench``: speed and memory of policies, with random weights."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from amskv_jax.cli.console import make_console, print_line, progress
+from amskv_jax.cli.files import check_outputs, check_suffix, replacing
+from amskv_jax.cli.options import Attention, Dtype, ForceOption, StatsOption
+from amskv_jax.cli.policy import make_policy
+from amskv_jax.errors import UsageError
+
+if TYPE_CHECKING:
+    from amskv_jax.policies import Policy
+
+
+def bench(
+    model: Annotated[str, typer.Option(help="Name of a known model, such as var-d30.")],
+    policies: Annotated[
+        str,
+        typer.Option(
+            help="Policies with their defaults, and plan files; ratios are to the first.",
+            metavar="full,ams,plan.json",
+        ),
+    ] = "full,ams",
+    batch: Annotated[int, typer.Option(min=1, help="Pictures generated at once.")] = 1,
+    dtype: Annotated[Dtype, typer.Option(help="Of weights, products and cache.")] = Dtype.BFLOAT16,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed calls; the median counts.")] = 3,
+    attention: Annotated[Attention, typer.Option(help="Attention back end.")] = Attention.AUTO,
+    decode: Annotated[
+        bool,
+        typer.Option(
+            "--decode/--no-decode", help="Turn tokens into pictures, or run the transformer alone."
+        ),
+    ] = True,
+    stats: StatsOption = None,
+    save: Annotated[Path | None, typer.Option(help="Write all numbers here (.json).")] = None,
+    force: ForceOption = False,
+) -> None:
+    """Compare speed and memory of policies on this machine; every one runs in a fresh process."""
+    check_suffix(save, {".json"})
+    check_outputs(save, force=force)
+    arms = {name.strip(): _policy(name.strip()) for name in policies.split(",")}
+
+    import json  # noqa: PLC0415
+
+    import jax  # noqa: PLC0415
+
+    from amskv_jax import __version__, configs  # noqa: PLC0415
+    from amskv_jax.benchmark import OutOfMemoryError, measure_in_new_process  # noqa: PLC0415
+    from amskv_jax.generate import Sampler  # noqa: PLC0415
+    from amskv_jax.pipeline import TOP_K, TOP_P  # noqa: PLC0415
+    from amskv_jax.sampling import TokenSampling  # noqa: PLC0415
+    from amskv_jax.stats import LayerStats  # noqa: PLC0415
+
+    config = configs.get(model)
+    shape = config.transformer.schedule, config.transformer.depth
+    statistics = LayerStats.load(stats) if stats else None
+    samplers = {
+        name: Sampler(
+            config.transformer,
+            config.tokenizer,
+            policy.plan(*shape, statistics),
+            TokenSampling(TOP_K, TOP_P),
+            dtype.value,
+            attention.value,
+            decode=decode,
+        )
+        for name, policy in arms.items()
+    }
+    results: dict[str, dict[str, Any]] = {}
+    with progress("measuring") as update:
+        for index, (name, sampler) in enumerate(samplers.items()):
+            update(f"measuring {name}", index / len(samplers))
+            try:
+                results[name] = asdict(measure_in_new_process(sampler, batch, repeats))
+            except OutOfMemoryError as error:
+                results[name] = {"error": str(error)}
+            results[name]["plan"] = sampler.plan.note
+    _print(results)
+    if save:
+        content = {
+            "model": model,
+            "batch": batch,
+            "dtype": dtype.value,
+            "repeats": repeats,
+            "decode": decode,
+            "versions": {"amskv-jax": __version__, "jax": jax.__version__},
+            "arms": results,
+        }
+        with replacing(save) as temporary:
+            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        print_line(f"wrote {save}")
+
+
+def _policy(name: str) -> "Policy":
+    if not name:
+        raise UsageError("--policies has an empty name: expected names such as full,ams")
+    if name.endswith(".json"):
+        return make_policy("explicit", {"path": name})
+    return make_policy(name, {})
+
+
+def _print(results: dict[str, dict[str, Any]]) -> None:
+    """Print a table of what ``Measurement`` holds, with ratios to the first policy."""
+    from rich.box import SIMPLE_HEAD  # noqa: PLC0415
+    from rich.markup import escape  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+
+    from amskv_jax.describe import byte_size  # noqa: PLC0415
+
+    measured = [result for result in results.values() if "error" not in result]
+    for device, attention in dict.fromkeys((r["device"], r["attention"]) for r in measured):
+        print_line(f"{device}, attention {attention}, random weights")
+    first = next(iter(results.values()))
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("policy")
+    columns = {
+        "pictures_per_second": ("pictures/s", lambda value: f"{value:.2f}"),
+        "compile_seconds": ("compile", lambda value: f"{value:.1f} s"),
+        "predicted_bytes": ("predicted peak", byte_size),
+        "peak_bytes": ("measured peak", byte_size),
+    }
+    for title, _ in columns.values():
+        table.add_column(title, justify="right")
+        table.add_column("ratio", justify="right")
+    for name, result in results.items():
+        cells = []
+        for field, (_, show) in columns.items():
+            value, base = result.get(field), first.get(field)
+            cells.append("-" if value is None else show(value))
+            cells.append(f"{value / base:.2f}" if value and base else "-")
+        if "error" in result:
+            cells[0] = "no memory"
+        table.add_row(escape(name), *cells)
+    make_console().print(table)
+    if any(result.get("peak_bytes") is None for result in measured):
+        print_line("This device does not report its peak memory; the prediction is the compiler's.")

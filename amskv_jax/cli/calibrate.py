@@ -1,0 +1,144 @@
+"""``amskv calibrate``: where a model's attention goes, measured while it draws."""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from amskv_jax.cli.compilation_cache import use_compilation_cache
+from amskv_jax.cli.console import make_console, print_line, progress
+from amskv_jax.cli.files import check_outputs, check_suffix
+from amskv_jax.cli.memory import explaining_memory
+from amskv_jax.cli.options import (
+    CheckpointOption,
+    CompilationCacheOption,
+    Dtype,
+    ForceOption,
+    GuidanceOption,
+    SeedOption,
+    TopKOption,
+    TopPOption,
+    parse_numbers,
+)
+
+if TYPE_CHECKING:
+    from amskv_jax.stats import LayerStats
+
+
+def calibrate(
+    *,
+    checkpoint: CheckpointOption,
+    out: Annotated[Path, typer.Option(help="Write the layer statistics here (.npz).")],
+    samples: Annotated[int, typer.Option(min=1, help="Pictures to draw.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 4,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            help="Classes to draw in turn; if not given, they are spread over all classes.",
+            metavar="207,360 or 0-9",
+        ),
+    ] = None,
+    seed: SeedOption = 0,
+    cfg: GuidanceOption = 1.5,
+    top_k: TopKOption = 900,
+    top_p: TopPOption = 0.96,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Of weights, products and cache; as stored if not given.")
+    ] = None,
+    force: ForceOption = False,
+    compilation_cache: CompilationCacheOption = True,
+) -> None:
+    """Measure where a model's attention goes, and how alike the keys of successive scales are.
+
+    The policies ams (arXiv 2511.16047), scalekv (arXiv 2505.19602) and heads plan from these.
+    """
+    check_suffix(out, {".npz"})
+    check_outputs(out, force=force)
+    numbers = parse_numbers(labels, "--labels") if labels is not None else None
+
+    import jax  # noqa: PLC0415
+    import numpy as np  # noqa: PLC0415
+
+    from amskv_jax import calibrate as calibration  # noqa: PLC0415
+    from amskv_jax.checkpoint import read_info  # noqa: PLC0415
+    from amskv_jax.generate import picture_keys  # noqa: PLC0415
+    from amskv_jax.pipeline import check_labels, load, model_configs  # noqa: PLC0415
+
+    if compilation_cache:
+        use_compilation_cache()
+    num_classes = model_configs(read_info(checkpoint))[0].num_classes
+    if numbers is None:
+        classes = (np.arange(samples) * num_classes // samples).astype(np.int32)
+    else:
+        classes = np.resize(check_labels(numbers, num_classes), samples)
+    with progress("loading weights"):
+        pipe = load(checkpoint, dtype.value if dtype else None)
+    device = jax.devices()[0]
+    print_line(f"{pipe.dtype} on {device.device_kind} ({device.platform})")
+
+    batch = min(batch_size, samples)
+    start = time.perf_counter()
+    with explaining_memory(batch), progress("compiling") as update:
+        stats = calibration.calibrate(
+            pipe.sampler(top_k=top_k, top_p=top_p),
+            pipe.params,
+            classes,
+            picture_keys(jax.random.key(seed), samples),
+            cfg,
+            batch=batch,
+            fingerprint=pipe.fingerprint,
+            settings={
+                "labels": classes.tolist(),
+                "seed": seed,
+                "top_k": top_k,
+                "top_p": top_p,
+                "dtype": pipe.dtype,
+            },
+            progress=lambda done: update(f"{done} of {samples} pictures", done / samples),
+        )
+    print_line(f"{samples} pictures measured in {time.perf_counter() - start:.1f} s")
+    _print_layers(stats)
+    stats.save(out)
+    print_line(f"wrote {out}")
+
+
+def _print_layers(stats: "LayerStats") -> None:
+    """Print what the default AMS-KV policy makes of every layer."""
+    import numpy as np  # noqa: PLC0415
+    from rich.box import SIMPLE_HEAD  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+
+    from amskv_jax.describe import number_ranges  # noqa: PLC0415
+    from amskv_jax.policies import AMSKV  # noqa: PLC0415
+
+    classes = AMSKV().classify(stats)
+    if not classes.overflows:
+        print_line(
+            "AMS-KV with its defaults has room for all scales of this model, so no layer is "
+            "cache-demanding."
+        )
+        return
+    table = Table(box=SIMPLE_HEAD)
+    for column in ("layer", "lowest similarity", "at scale", "attention to own map"):
+        table.add_column(column, justify="right")
+    table.add_column("AMS-KV")
+    scales = np.array(classes.overflows)
+    own = np.diagonal(stats.density, axis1=1, axis2=2).mean(1)
+    for layer, similarity in enumerate(stats.similarity):
+        at = scales[np.argmin(similarity[scales])]
+        table.add_row(
+            str(layer),
+            f"{similarity[at]:.4f}",
+            str(at),
+            f"{own[layer]:.1%}",
+            "demanding" if layer in classes.demanding else "efficient",
+        )
+    print_line(
+        "Similarity of keys to those of the scale before, at the scales that overflow the default "
+        f"C_min: {number_ranges(classes.overflows)}"
+    )
+    make_console().print(table)
+    print_line(
+        f"{classes.how}; cache-demanding layers: {number_ranges(classes.demanding) or 'none'}"
+    )

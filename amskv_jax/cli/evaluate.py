@@ -1,0 +1,165 @@
+"""``amskv eval``: figures of chosen policies."""
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from amskv_jax.cli.compilation_cache import use_compilation_cache
+from amskv_jax.cli.console import make_console, print_line, progress
+from amskv_jax.cli.files import replacing
+from amskv_jax.cli.options import Attention, CheckpointOption, Dtype, StatsOption
+from amskv_jax.errors import AmskvError, UsageError
+
+if TYPE_CHECKING:
+    from amskv_jax.evaluation.features import FeatureNetwork
+
+
+class Features(StrEnum):
+    """Networks through which the metrics look at pictures."""
+
+    CLASSIFIER = "classifier"
+    INCEPTION = "inception"
+    NONE = "none"
+
+
+def evaluate(
+    checkpoint: CheckpointOption,
+    out: Annotated[Path, typer.Option(help="Folder to write into; one there already goes on.")],
+    policies: Annotated[
+        str,
+        typer.Option(
+            help="Policies, each with the share it shall save of a bfloat16 cache of all scales.",
+            metavar="full,ams:0.787,...",
+        ),
+    ] = "full,ams",
+    num: Annotated[int, typer.Option(min=1, help="Pictures per policy.")] = 10_000,
+    features: Annotated[
+        Features, typer.Option(help="Feature network; none: draw and compare with full only.")
+    ] = Features.CLASSIFIER,
+    classifier: Annotated[
+        Path | None, typer.Option(help="Classifier of the model's classes, see `amskv classifier`.")
+    ] = None,
+    inception_weights: Annotated[
+        Path | None, typer.Option(help="Weights of Inception, if not where torch-fidelity looks.")
+    ] = None,
+    real: Annotated[
+        Path | None,
+        typer.Option(help="Real pictures: a packed .npz or a folder of class folders."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random numbers.")] = 0,
+    cfg: Annotated[float, typer.Option(help="Guidance strength at the last scale.")] = 1.5,
+    top_k: Annotated[int, typer.Option(min=0, help="See `amskv sample`.")] = 900,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="See `amskv sample`.")] = 0.96,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures generated at once.")] = 500,
+    shard: Annotated[int, typer.Option(min=1, help="Pictures per file while drawing.")] = 1000,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Of weights, products and cache; as stored if not given.")
+    ] = None,
+    attention: Annotated[Attention, typer.Option(help="Attention back end.")] = Attention.AUTO,
+    stats: StatsOption = None,
+) -> None:
+    """Draw many pictures with several policies and measure them; resumes where it was stopped.
+
+    NAME.npz is in the layout that OpenAI's ADM evaluator reads. Only features of Inception make
+    the Frechet distance an FID; those of a classifier compare policies of one model.
+    """
+    from amskv_jax.evaluation.budgets import PolicyRequest  # noqa: PLC0415
+    from amskv_jax.evaluation.evaluate import Evaluation  # noqa: PLC0415
+    from amskv_jax.evaluation.evaluate import evaluate as run  # noqa: PLC0415
+    from amskv_jax.evaluation.measures import Judge  # noqa: PLC0415
+    from amskv_jax.evaluation.metrics import check_picture_count  # noqa: PLC0415
+    from amskv_jax.pipeline import load  # noqa: PLC0415
+    from amskv_jax.stats import LayerStats  # noqa: PLC0415
+    from amskv_jax.training.data import load_pictures  # noqa: PLC0415
+
+    requests = [PolicyRequest.parse(text) for text in policies.split(",")]
+    network = _network(features, classifier, inception_weights)
+    use_compilation_cache()
+    if network is not None:
+        check_picture_count(num, network.dimension)
+        if real is None:
+            raise UsageError("the metrics compare with real pictures: give --real")
+    model = load(checkpoint, dtype.value if dtype else None)
+    with progress("reading") as update:
+        judge = None
+        if network is not None and real is not None:
+            pictures = load_pictures(real, model.tokenizer.picture_size)
+            if network.classifies:
+                _check_classes(network, model.transformer.num_classes)
+            update("measuring the real pictures", None)
+            judge = Judge.of(network, pictures.pixels)
+        records = run(
+            Evaluation(num, seed, cfg, top_k, top_p, shard),
+            model,
+            requests,
+            judge,
+            out,
+            batch=batch_size,
+            attention=attention.value,
+            stats=LayerStats.load(stats, model.fingerprint) if stats else None,
+            update=update,
+        )
+    path = out / "metrics.json"
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
+    _print_records(records, network)
+    print_line(f"wrote {path} and the pictures beside it")
+
+
+def _network(
+    features: Features, classifier: Path | None, weights: Path | None
+) -> "FeatureNetwork | None":
+    from amskv_jax.evaluation.classifier import load_classifier  # noqa: PLC0415
+    from amskv_jax.evaluation.features import InceptionFeatures  # noqa: PLC0415
+
+    if features is Features.NONE:
+        return None
+    if features is Features.INCEPTION:
+        return InceptionFeatures(weights)
+    if classifier is None:
+        raise UsageError(
+            "give the classifier's file with --classifier, or choose --features inception or none"
+        )
+    return load_classifier(classifier)
+
+
+def _check_classes(network: Any, num_classes: int) -> None:
+    if network.config.num_classes != num_classes:
+        raise AmskvError(
+            f"the classifier knows {network.config.num_classes} classes, the model {num_classes}: "
+            "train one on the model's data"
+        )
+
+
+def _print_records(records: list[dict[str, Any]], network: "FeatureNetwork | None") -> None:
+    from rich.box import SIMPLE_HEAD  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+
+    from amskv_jax.describe import byte_size  # noqa: PLC0415
+
+    frechet = "FID" if network and network.name == "inception" else "Frechet"
+    columns = {
+        "frechet_distance": (frechet, "{:.3f}"),
+        "score": ("score", "{:.3f}"),
+        "precision": ("precision", "{:.3f}"),
+        "recall": ("recall", "{:.3f}"),
+        "class_accuracy": ("accuracy", "{:.2%}"),
+        "psnr": ("PSNR", "{:.2f}"),
+        "ssim": ("SSIM", "{:.3f}"),
+    }
+    table = Table("policy", "cache", "saved", box=SIMPLE_HEAD)
+    for title, _ in columns.values():
+        table.add_column(title, justify="right")
+    for record in records:
+        figures = (
+            "" if record.get(name) is None else form.format(record[name])
+            for name, (_, form) in columns.items()
+        )
+        size, saving = byte_size(record["cache_bytes"]), f"{record['saving']:.1%}"
+        table.add_row(record["name"], size, saving, *figures)
+    if network:
+        print_line(f"Features of: {network.name}. Cache of one picture with guidance.")
+    make_console().print(table)

@@ -1,0 +1,130 @@
+"""``amskv study``: what every policy costs in quality."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from amskv_jax.cli.compilation_cache import use_compilation_cache
+from amskv_jax.cli.console import print_line
+from amskv_jax.cli.options import Attention, CheckpointOption, Dtype, parse_numbers
+from amskv_jax.errors import AmskvError, UsageError
+
+if TYPE_CHECKING:
+    from amskv_jax.pipeline import Pipeline
+
+app = typer.Typer(
+    help="Measure every policy on a trained model, and write the report.", no_args_is_help=True
+)
+
+ReportOption = Annotated[
+    Path | None,
+    typer.Option(help="Write the report here (.md), its pictures into a folder beside it."),
+]
+
+
+@app.callback()
+def study() -> None:
+    """Measure every policy on a trained model, and write the report."""
+
+
+@app.command()
+def run(
+    checkpoint: CheckpointOption,
+    classifier: Annotated[
+        Path, typer.Option(help="Classifier of the model's classes, see `amskv train classifier`.")
+    ],
+    real: Annotated[
+        Path, typer.Option(help="Real pictures: a packed .npz or a folder of class folders.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the study; one there already goes on.")],
+    held_out: Annotated[
+        Path | None, typer.Option(help="Other real pictures, measured for comparison.")
+    ] = None,
+    num: Annotated[int, typer.Option(min=1, help="Pictures per cell.")] = 10_000,
+    seeds: Annotated[str, typer.Option(help="Seeds of the pictures.", metavar="0,1")] = "0,1",
+    sections: Annotated[
+        str, typer.Option(help="Sections to run, letters out of a-g.", metavar="a,b,...")
+    ] = "a,b,c,d,e,f,g",
+    only: Annotated[
+        str, typer.Option(help="Run only cells whose names contain this, and the full cache.")
+    ] = "",
+    stop_after: Annotated[
+        float | None, typer.Option(help="Seconds after which no further cell begins.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures generated at once.")] = 500,
+    compilers: Annotated[int, typer.Option(min=1, help="Programs compiled at a time.")] = 6,
+    cfg: Annotated[float, typer.Option(help="Guidance strength at the last scale.")] = 1.5,
+    top_k: Annotated[int, typer.Option(min=0, help="See `amskv sample`.")] = 900,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="See `amskv sample`.")] = 0.96,
+    dtype: Annotated[Dtype, typer.Option(help="Of all cells but those of g.")] = Dtype.BFLOAT16,
+    calibration: Annotated[
+        int, typer.Option(min=1, help="Pictures that calibration looks at.")
+    ] = 128,
+    attention: Annotated[Attention, typer.Option(help="Attention back end.")] = Attention.AUTO,
+    report: ReportOption = None,
+) -> None:
+    """Draw and measure all cells which have no result yet, the most important first.
+
+    Sections: a: dropped scales; b: uniform or similarity-aware capacities; c: AMS-KV at four
+    savings; d: all policies at three savings; e: C_min and C_max; f: theta; g: dtype.
+    """
+    from amskv_jax.evaluation.classifier import load_classifier  # noqa: PLC0415
+    from amskv_jax.evaluation.measures import Judge  # noqa: PLC0415
+    from amskv_jax.evaluation.metrics import check_picture_count  # noqa: PLC0415
+    from amskv_jax.evaluation.study import Conditions, Extent, run_study  # noqa: PLC0415
+    from amskv_jax.pipeline import load  # noqa: PLC0415
+    from amskv_jax.training.data import load_pictures  # noqa: PLC0415
+
+    use_compilation_cache()
+    network = load_classifier(classifier)
+    check_picture_count(num, network.dimension)
+    conditions = Conditions(num, cfg, top_k, top_p, dtype.value, calibration)
+    extent = Extent(
+        sections=sections.replace(",", ""),
+        seeds=parse_numbers(seeds, "--seeds"),
+        batch=batch_size,
+        compilers=compilers,
+        stop_after=float("inf") if stop_after is None else stop_after,
+        only=only,
+        attention=attention.value,
+    )
+    model = load(checkpoint, dtype.value)
+    size, classes = model.tokenizer.picture_size, model.transformer.num_classes
+    if network.config.num_classes != classes:
+        raise AmskvError(
+            f"the classifier knows {network.config.num_classes} classes, the model {classes}: "
+            "train one on the model's data"
+        )
+    pictures = load_pictures(real, size)
+    pictures.check(size, classes)
+
+    def load_as(wanted: str) -> "Pipeline":
+        return model if wanted == dtype.value else load(checkpoint, wanted)
+
+    left = run_study(
+        conditions,
+        extent,
+        load_as,
+        Judge.of(network, pictures.pixels),
+        out,
+        held_out=None if held_out is None else load_pictures(held_out, size).pixels,
+        report=print_line,
+    )
+    if left:
+        print_line(f"time is up: {len(left)} cells are left, start the study again to go on")
+    if report:
+        write(out, report)
+
+
+@app.command("report")
+def write(
+    out: Annotated[Path, typer.Option(help="Folder of the study.")], report: ReportOption
+) -> None:
+    """Write the report from the results of a study, finished or not; needs no accelerator."""
+    if report is None or report.suffix != ".md":
+        raise UsageError("give the report's file: --report study.md")
+    from amskv_jax.evaluation.render import render_study  # noqa: PLC0415
+
+    render_study(out, report)
+    print_line(f"wrote {report}")

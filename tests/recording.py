@@ -1,0 +1,113 @@
+"""Looks into a sampler's attention while it draws, and says in NumPy what it should have been."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from amskv_jax.rows import HeadRow, SelectingRow, StaticRow
+
+
+@dataclass(frozen=True)
+class Recorder:
+    """Records what every layer attends with and what it gets; see ``stack.Observer``."""
+
+    scale: float
+
+    def __call__(self, slots, cache, layer, step, qkv):
+        output, _ = slots.attend(cache, layer, step, qkv, self.scale, "xla")
+        return *qkv, output, jax.tree.map(lambda leaf: leaf[layer], cache)
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """One layer's run: query, key, value, output per step [rows, T, heads, head_dim]; its cache."""
+
+    query: list[np.ndarray]
+    key: list[np.ndarray]
+    value: list[np.ndarray]
+    output: list[np.ndarray]
+    cache: list[Any]
+
+
+def layer_records(observed) -> list[LayerRecord]:
+    """Sort what ``Recorder`` returned (``Samples.observed``) by layer; numbers become float32."""
+    layers = []
+    for number in range(len(observed[0])):
+        for index in range(len(observed[0][number][0])):
+            picked = [jax.tree.map(lambda leaf: leaf[index], step[number]) for step in observed]
+            columns = zip(*jax.tree.map(_to_numpy, picked), strict=True)
+            layers.append(LayerRecord(*map(list, columns)))
+    return layers
+
+
+def _to_numpy(leaf):
+    return np.asarray(leaf, None if leaf.dtype in (bool, np.int32) else np.float32)
+
+
+def read_mask(row, schedule, record, step) -> np.ndarray:
+    """Which earlier tokens a layer reads at ``step``, [rows, heads, offset of the step].
+
+    For tokens chosen while drawing, this is found out by comparing the cached keys with those of
+    all earlier tokens, and it is checked that their number is the planned one.
+    """
+    rows, _, heads, _ = record.query[0].shape
+    offset = schedule.offsets[step]
+    if isinstance(row, StaticRow):
+        return np.broadcast_to(row.positions(schedule, step)[:offset], (rows, heads, offset))
+    if isinstance(row, HeadRow):
+        masks = np.stack([head.positions(schedule, step)[:offset] for head in row.heads])
+        return np.broadcast_to(masks, (rows, heads, offset))
+    if isinstance(row, SelectingRow):
+        return _selected(row, record, step)
+    visible = record.cache[step].visible[:step]
+    per_token = np.repeat(visible, schedule.tokens[:step])
+    assert per_token.sum() <= row.c_max
+    return np.broadcast_to(per_token, (rows, heads, offset))
+
+
+def _selected(row, record, step):
+    rows, _, heads, head_dim = record.query[0].shape
+    past = np.concatenate([np.zeros((rows, 0, heads, head_dim)), *record.key[:step]], axis=1)
+    mask = np.zeros((rows, heads, past.shape[1]), bool)
+    if not row.counts[step]:
+        return mask
+    for batch_row in range(rows):
+        for head in range(heads):
+            cached = record.cache[step].keys[batch_row, : row.counts[step], head]
+            equal = (cached[:, None] == past[batch_row, None, :, head]).all(-1)
+            assert (equal.sum(1) == 1).all(), "a cached key is no key of an earlier token"
+            positions = equal.argmax(1)
+            assert (np.diff(positions) > 0).all(), "the cache is in the order of the sequence"
+            mask[batch_row, head, positions] = True
+    return mask
+
+
+def dense_attention(record, step, mask, scale) -> np.ndarray:
+    """Attention of one step over all tokens so far, those outside ``mask`` masked away, float64."""
+    query = record.query[step].astype(np.float64)
+    keys, values = (
+        np.concatenate(parts[: step + 1], axis=1) for parts in (record.key, record.value)
+    )
+    mask = np.concatenate([mask, np.ones((*mask.shape[:2], query.shape[1]), bool)], axis=2)
+    logits = scale * np.einsum("btnh,bsnh->bnts", query, keys)
+    logits = np.where(mask[:, :, None], logits, -np.inf)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    return np.einsum("bnts,bsnh->btnh", weights, values)
+
+
+def check_obeyed(plan, records, scale, tolerance) -> None:
+    """Check that every layer attended to exactly what the plan keeps, and that nothing came back."""
+    schedule = plan.schedule
+    for row, record in zip(plan.rows, records, strict=True):
+        at_hand = None
+        for step in range(schedule.num_scales):
+            mask = read_mask(row, schedule, record, step)
+            if at_hand is not None:
+                assert not (mask & ~at_hand).any(), "what was dropped came back"
+            expected = dense_attention(record, step, mask, scale)
+            np.testing.assert_allclose(record.output[step], expected, atol=tolerance)
+            own = np.ones((*mask.shape[:2], schedule.tokens[step]), bool)
+            at_hand = np.concatenate([mask, own], axis=2)
