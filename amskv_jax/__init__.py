@@ -26,7 +26,17 @@ if TYPE_CHECKING:
     from amskv_jax.models.vqvae import VQVAE
     from amskv_jax.pipeline import Pipeline, load
     from amskv_jax.plan import RetentionPlan
-    from amskv_jax.policies import AMSKV, Explicit, Full, Policy, Sink, Window
+    from amskv_jax.policies import (
+        AMSKV,
+        H2O,
+        Explicit,
+        Full,
+        Heads,
+        Policy,
+        ScaleKV,
+        Sink,
+        Window,
+    )
     from amskv_jax.sampling import TokenSampling
     from amskv_jax.schedule import ScaleSchedule
     from amskv_jax.stats import LayerStats
@@ -49,7 +59,17 @@ _MODULE_OF = {
         "models.vqvae": ("VQVAE",),
         "pipeline": ("Pipeline", "load"),
         "plan": ("RetentionPlan",),
-        "policies": ("AMSKV", "Explicit", "Full", "Policy", "Sink", "Window"),
+        "policies": (
+            "AMSKV",
+            "H2O",
+            "Explicit",
+            "Full",
+            "Heads",
+            "Policy",
+            "ScaleKV",
+            "Sink",
+            "Window",
+        ),
         "sampling": ("TokenSampling",),
         "schedule": ("ScaleSchedule",),
         "stats": ("LayerStats",),
@@ -59,6 +79,7 @@ _MODULE_OF = {
 
 __all__ = [
     "AMSKV",
+    "H2O",
     "VAR",
     "VQVAE",
     "AmskvError",
@@ -67,6 +88,7 @@ __all__ = [
     "CheckpointInfo",
     "Explicit",
     "Full",
+    "Heads",
     "KVCache",
     "LayerStats",
     "MemoryReport",
@@ -76,6 +98,7 @@ __all__ = [
     "RetentionPlan",
     "Sampler",
     "Samples",
+    "ScaleKV",
     "ScaleSchedule",
     "Sink",
     "TokenSampling",

@@ -1,17 +1,38 @@
 """Measuring speed and memory of a sampler with random weights, one arm per fresh process."""
 
+import multiprocessing
+import os
 import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from amskv_jax.attention import choose_implementation
 from amskv_jax.checkpoint import param_shapes
+from amskv_jax.errors import AmskvError
 from amskv_jax.generate import Sampler, picture_keys
+
+ARM_ENVIRONMENT = {
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # or the peak is what was set aside
+    "JAX_ENABLE_COMPILATION_CACHE": "false",  # or it is not compiling that is timed
+}
+"""What the process of an arm needs besides the environment of its parent."""
+
+NOISE_NUMBERS = 1048573
+"""A prime, so that the rows of no matrix are alike."""
+
+
+class OutOfMemoryError(AmskvError):
+    """The device has too little memory for an arm of a benchmark."""
 
 
 @dataclass(frozen=True)
@@ -39,24 +60,26 @@ class Measurement:
 
 
 def random_params(sampler: Sampler, seed: int = 0) -> Any:
-    """Return random weights for a sampler, made on the default device in the sampler's dtype."""
-    shapes = {
-        f"{part}/{path}": shape
+    """Return random weights for a sampler, on the default device, in the sampler's dtype.
+
+    All are pieces of the same million numbers: good enough to time, and soon made without compiling
+    a program for every shape.
+    """
+    noise = np.random.default_rng(seed).standard_normal(NOISE_NUMBERS, np.float32)
+
+    @cache
+    def scaled(deviation: float) -> np.ndarray:
+        return (deviation * noise).astype(jnp.dtype(sampler.dtype))
+
+    params = {
+        f"{part}/{path}": jax.device_put(
+            np.resize(scaled(1.0 if len(shape) < 2 else shape[-2] ** -0.5), shape)
+        )
         for part, config in (
             ("transformer", sampler.transformer),
             ("tokenizer", sampler.tokenizer),
         )
         for path, shape in param_shapes(config).items()
-    }
-
-    @lru_cache
-    def maker(shape: tuple[int, ...]) -> Any:
-        deviation = 1.0 if len(shape) < 2 else shape[-2] ** -0.5
-        return jax.jit(lambda key: deviation * jax.random.normal(key, shape, sampler.dtype))
-
-    keys = jax.random.split(jax.random.key(seed), len(shapes))
-    params = {
-        path: maker(shape)(key) for (path, shape), key in zip(shapes.items(), keys, strict=True)
     }
     return unflatten_dict(params, sep="/")
 
@@ -64,14 +87,58 @@ def random_params(sampler: Sampler, seed: int = 0) -> Any:
 def measure(sampler: Sampler, batch: int, repeats: int = 3) -> Measurement:
     """Time ``sampler`` with random weights and labels.
 
-    Start a fresh process for every arm, with ``XLA_PYTHON_CLIENT_PREALLOCATE=false``, or peak
-    memory is that of the largest arm so far.
+    Peak memory is that of the whole process so far: see ``measure_in_new_process``.
 
     Args:
       sampler: what to run.
       batch: pictures per call.
       repeats: timed calls, after one that is not counted.
+
+    Raises:
+      OutOfMemoryError: if the device has too little memory.
     """
+    try:
+        return _measure(sampler, batch, repeats)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise OutOfMemoryError(f"not enough memory for {batch} pictures at once") from error
+
+
+def measure_in_new_process(sampler: Sampler, batch: int, repeats: int = 3) -> Measurement:
+    """Call ``measure`` in a process of its own, so that memory and compilation are the arm's alone.
+
+    As the process imports the main module again, a script that calls this needs the usual
+    ``if __name__ == "__main__"``.
+
+    Raises:
+      OutOfMemoryError: if the device, or the machine, has too little memory.
+    """
+    context = multiprocessing.get_context("spawn")
+    try:
+        with _environment(), ProcessPoolExecutor(1, context) as executor:
+            return executor.submit(measure, sampler, batch, repeats).result()
+    except BrokenProcessPool as error:
+        raise OutOfMemoryError(
+            "the process of the benchmark was killed, most likely for want of memory"
+        ) from error
+
+
+@contextmanager
+def _environment() -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in ARM_ENVIRONMENT}
+    os.environ.update(ARM_ENVIRONMENT)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _measure(sampler: Sampler, batch: int, repeats: int) -> Measurement:
     params = random_params(sampler)
     labels = jnp.arange(batch, dtype=jnp.int32) % sampler.transformer.num_classes
     keys = picture_keys(jax.random.key(0), batch)

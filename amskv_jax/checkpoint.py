@@ -1,18 +1,19 @@
 """Checkpoints: a folder with the weights (orbax) and ``config.json``, which says what they are.
 
 A folder is written under a temporary name beside its place and then renamed, so it is there whole
-or not at all. The weights lie in ``params`` as one tree, ``{"transformer": ..., "tokenizer": ...}``.
+or not at all. The weights lie in ``params`` as one tree, {"transformer": ..., "tokenizer": ...}.
+
+Where a checkpoint is read, it may also be a single file with compressed weights, see ``packed``.
 """
 
 import hashlib
-import json
 import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,44 +24,27 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from amskv_jax.checkpoint_info import (
+    CheckpointInfo,
+    PartConfig,
+    check_classes,
+    check_configs,
+    info_from_json,
+    info_to_json,
+    kind_of,
+)
+from amskv_jax.compression import read_compressed, read_description
 from amskv_jax.errors import AmskvError
-from amskv_jax.models.config import VARConfig, VQVAEConfig
+from amskv_jax.models.config import VARConfig
 from amskv_jax.models.var import VAR
 from amskv_jax.models.vqvae import VQVAE
-from amskv_jax.schedule import ScaleSchedule
 
-FORMAT = "amskv-jax checkpoint"
-VERSION = 1
 DTYPES = ("float32", "bfloat16")
-
-PartConfig = VARConfig | VQVAEConfig
-KINDS: dict[str, dict[str, type[PartConfig]]] = {
-    "var": {"transformer": VARConfig, "tokenizer": VQVAEConfig}
-}
-"""The parts of a checkpoint of every kind."""
-
 ALWAYS_FLOAT32 = {"quantizer", "log_temperature"}
 """Parameters which stay float32 in bfloat16 checkpoints: small, and rounding them moves tokens."""
 
 FINGERPRINT_SAMPLES = 4096
 MAX_REPORTED = 20
-
-
-@dataclass(frozen=True)
-class CheckpointInfo:
-    """What a checkpoint says about itself.
-
-    Attributes:
-      kind: a key of ``KINDS``.
-      configs: the shape of every part.
-      dtype: "float32" or "bfloat16", how the weights are stored.
-      fingerprint: see ``fingerprint``.
-    """
-
-    kind: str
-    configs: dict[str, PartConfig]
-    dtype: str
-    fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -80,6 +64,7 @@ def save_checkpoint(
     directory: str | os.PathLike[str],
     configs: Mapping[str, PartConfig],
     params: Mapping[str, Any],
+    classes: Sequence[str] = (),
 ) -> CheckpointInfo:
     """Write a checkpoint.
 
@@ -88,6 +73,7 @@ def save_checkpoint(
       configs: the shape of every part, {"transformer": VARConfig(...), "tokenizer": ...}.
       params: the parameter tree of every part. Leaves are NumPy or JAX arrays, stored as they are:
         of one type, float32 or bfloat16, but for those that ``storage_dtype`` keeps in float32.
+      classes: names of the classes, where they are known.
 
     Raises:
       AmskvError: if the folder exists, parameters and shapes disagree, or writing fails; nothing is
@@ -96,10 +82,11 @@ def save_checkpoint(
     directory = Path(directory)
     check_new_directory(directory)
     configs = dict(configs)
-    kind = _kind_of(configs)
+    kind = kind_of(configs)
     check_configs(configs)
+    check_classes(configs, classes)
     flat = flatten_dict(params, sep="/")
-    _check_shapes(configs, {path: leaf.shape for path, leaf in flat.items()}, "the parameter tree")
+    check_shapes(configs, {path: leaf.shape for path, leaf in flat.items()}, "the parameter tree")
     dtypes = {path: str(leaf.dtype) for path, leaf in flat.items()}
     dtype = next((dtype for dtype in dtypes.values() if dtype != "float32"), "float32")
     expected = {path: str(storage_dtype(path, dtype)) for path in flat}
@@ -109,13 +96,13 @@ def save_checkpoint(
             f"cannot store {wrong[0]} as {dtypes[wrong[0]]}: expected {expected[wrong[0]]} "
             f"({len(wrong)} such parameters)"
         )
-    info = CheckpointInfo(kind, configs, dtype, fingerprint(params))
+    info = CheckpointInfo(kind, configs, dtype, fingerprint(params), tuple(classes))
     num_bytes = sum(leaf.nbytes for leaf in flat.values())
     with new_directory(directory, num_bytes) as temporary:
         # Weights hardly compress, and compressing them holds them in memory twice more.
         with _quiet(), ocp.PyTreeCheckpointer(use_compression=False) as checkpointer:
             checkpointer.save(temporary.absolute() / "params", dict(params))
-        write_text(temporary / "config.json", _to_json(info))
+        write_text(temporary / "config.json", info_to_json(info))
     return info
 
 
@@ -125,34 +112,17 @@ def read_info(directory: str | os.PathLike[str]) -> CheckpointInfo:
     Raises:
       AmskvError: if the folder is no checkpoint, or one of a newer version.
     """
-    path = Path(directory) / "config.json"
+    path = Path(directory)
+    if path.is_file():
+        return info_from_json(read_description(path), str(path))
+    path /= "config.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return info_from_json(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
         raise AmskvError(
             f"{directory} is not a checkpoint: {path.name} cannot be read ({error.strerror}). "
             "Weights of the PyTorch reference are to be converted first"
         ) from error
-    except ValueError as error:
-        raise AmskvError(f"{path} is damaged: {error}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise AmskvError(f"{directory} is not a checkpoint of this package: see {path}")
-    if content.get("version") != VERSION or content.get("kind") not in KINDS:
-        raise AmskvError(
-            f"{directory} is a checkpoint of version {content.get('version')} and kind "
-            f"{content.get('kind')!r}, expected version {VERSION} and kind "
-            f"{' or '.join(KINDS)}: it needs another version of this package"
-        )
-    try:
-        configs = {
-            part: _config_from_json(config_type, content["configs"][part])
-            for part, config_type in KINDS[content["kind"]].items()
-        }
-        info = CheckpointInfo(content["kind"], configs, content["dtype"], content["fingerprint"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise AmskvError(f"{path} is damaged: {error!r}") from error
-    check_configs(configs)
-    return info
 
 
 def read_params(directory: str | os.PathLike[str], info: CheckpointInfo) -> dict[str, Any]:
@@ -161,34 +131,47 @@ def read_params(directory: str | os.PathLike[str], info: CheckpointInfo) -> dict
     Raises:
       AmskvError: if they are not what ``info`` says, or damaged.
     """
-    path = Path(directory).absolute() / "params"
+    path, description = Path(directory).absolute(), "config.json"
+    if path.is_file():
+        params, description = read_compressed(path), "its description"
+        found = {name: leaf.shape for name, leaf in flatten_dict(params, sep="/").items()}
+        check_shapes(info.configs, found, str(directory))
+    else:
+        path /= "params"
+        params = _read_folder(path, info, str(directory))
+    if fingerprint(params) != info.fingerprint:
+        raise AmskvError(
+            f"the weights in {path} are not those which {description} was written for: "
+            "convert or copy the checkpoint again"
+        )
+    return params
+
+
+def _read_folder(path: Path, info: CheckpointInfo, source: str) -> dict[str, Any]:
+    """Read the folder of weights in a checkpoint which messages call ``source``."""
     try:
         with _quiet(), ocp.PyTreeCheckpointer() as checkpointer:
             found = flatten_dict(checkpointer.metadata(path).item_metadata.tree, sep="/")
             shapes = {name: tuple(leaf.shape) for name, leaf in found.items()}
-            _check_shapes(info.configs, shapes, str(directory))
+            check_shapes(info.configs, shapes, source)
             arguments = unflatten_dict(
                 {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in found}, sep="/"
             )
-            params = checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=arguments))
+            restored = ocp.args.PyTreeRestore(restore_args=arguments)
+            params: dict[str, Any] = checkpointer.restore(path, args=restored)
+            return params
     except AmskvError:
         raise
     except Exception as error:  # orbax and tensorstore raise many types for damaged files
         reason = str(error).partition("\n")[0]
         raise AmskvError(f"the weights in {path} cannot be read: {reason}") from error
-    if fingerprint(params) != info.fingerprint:
-        raise AmskvError(
-            f"the weights in {path} are not those which config.json was written for: "
-            "convert or copy the checkpoint again"
-        )
-    return params
 
 
 def load_checkpoint(directory: str | os.PathLike[str], dtype: str | None = None) -> Checkpoint:
     """Load a checkpoint onto JAX's default device.
 
     Args:
-      directory: the folder.
+      directory: the folder, or the packed file.
       dtype: "float32" or "bfloat16" to cast the weights, see ``storage_dtype``; None leaves them as
         they are stored.
 
@@ -231,22 +214,6 @@ def fingerprint(params: Mapping[str, Any]) -> str:
         digest.update(f"{path} {leaf.shape}\n".encode())
         digest.update(samples.astype(jnp.bfloat16).tobytes())
     return digest.hexdigest()[:32]
-
-
-def check_configs(configs: Mapping[str, PartConfig]) -> None:
-    """Raise an AmskvError if a transformer and a tokenizer do not belong together."""
-    transformer, tokenizer = configs["transformer"], configs["tokenizer"]
-    for name, what in (
-        ("vocab_size", "codes"),
-        ("latent_channels", "channels per code"),
-        ("schedule", "as sides of the token maps"),
-    ):
-        ours, theirs = getattr(transformer, name), getattr(tokenizer, name)
-        if ours != theirs:
-            raise AmskvError(
-                f"transformer and tokenizer do not belong together: the transformer has {ours} "
-                f"{what}, the tokenizer {theirs}"
-            )
 
 
 def describe_differences(
@@ -358,9 +325,16 @@ def param_shapes(config: PartConfig) -> dict[str, tuple[int, ...]]:
     return {path: leaf.shape for path, leaf in flatten_dict(variables["params"], sep="/").items()}
 
 
-def _check_shapes(
+def check_shapes(
     configs: Mapping[str, PartConfig], found: Mapping[str, tuple[int, ...]], source: str
 ) -> None:
+    """Raise an AmskvError unless parameters have the shapes which belong to ``configs``.
+
+    Args:
+      configs: the shape of every part.
+      found: shapes by path, "transformer/blocks/...".
+      source: of the parameters, for the message.
+    """
     expected = {
         f"{part}/{path}": shape
         for part, config in configs.items()
@@ -369,24 +343,3 @@ def _check_shapes(
     problems = describe_differences(expected, found)
     if problems:
         raise AmskvError(f"{source} does not fit its configuration:\n  " + "\n  ".join(problems))
-
-
-def _kind_of(configs: Mapping[str, PartConfig]) -> str:
-    types = {part: type(config) for part, config in configs.items()}
-    for kind, parts in KINDS.items():
-        if parts == types:
-            return kind
-    raise AmskvError(f"no kind of checkpoint has the parts {', '.join(types)}")
-
-
-def _to_json(info: CheckpointInfo) -> str:
-    content = {"format": FORMAT, "version": VERSION, **asdict(info)}
-    return json.dumps(content, indent=2) + "\n"
-
-
-def _config_from_json(config_type: type[PartConfig], content: dict[str, Any]) -> PartConfig:
-    fields: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in content.items()
-    }
-    fields["schedule"] = ScaleSchedule(tuple(map(tuple, content["schedule"]["grids"])))
-    return config_type(**fields)

@@ -1,7 +1,7 @@
 """Contact sheets: many small pictures with their names on one large one."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -35,6 +35,22 @@ def contact_sheet(pictures: np.ndarray, captions: Sequence[str], group: int = 1)
         sheet.paste(tile, (x, y))
         draw.text((x + width // 2, y + height + 4), caption, "black", font, anchor="mt")
     return sheet
+
+
+def side_by_side(sheets: Mapping[str, Image.Image]) -> Image.Image:
+    """Return sheets beside each other, each below its heading."""
+    font = ImageFont.load_default(FONT_SIZE)
+    top = CAPTION + MARGIN
+    width = sum(sheet.width for sheet in sheets.values()) + 2 * MARGIN * (len(sheets) - 1)
+    height = max(sheet.height for sheet in sheets.values()) + top
+    whole = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(whole)
+    x = 0
+    for heading, sheet in sheets.items():
+        draw.text((x + sheet.width // 2, MARGIN), heading, "black", font, anchor="mt")
+        whole.paste(sheet, (x, top))
+        x += sheet.width + 2 * MARGIN
+    return whole
 
 
 def to_uint8(pictures: np.ndarray) -> np.ndarray:

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from checks import message
 from reference_weights import recipe_params, recipe_state
 
 from amskv_jax import checkpoint
 from amskv_jax.checkpoint import load_checkpoint, read_info, save_checkpoint
 from amskv_jax.convert import to_params
-from amskv_jax.errors import AmskvError
 from amskv_jax.models.config import VARConfig, VQVAEConfig
 from amskv_jax.schedule import ScaleSchedule
 
@@ -52,12 +52,6 @@ def edit_config(directory, edit):
     content = json.loads(path.read_text())
     edit(content)
     path.write_text(json.dumps(content))
-
-
-def message(call, *arguments, **keywords):
-    with pytest.raises(AmskvError) as caught:
-        call(*arguments, **keywords)
-    return str(caught.value)
 
 
 def test_what_was_saved_is_loaded(saved, params):

@@ -8,7 +8,7 @@ import typer
 from amskv_jax.cli.compilation_cache import use_compilation_cache
 from amskv_jax.cli.console import print_line
 from amskv_jax.cli.files import check_outputs, check_suffix
-from amskv_jax.cli.options import ForceOption
+from amskv_jax.cli.options import CompilationCacheOption, ForceOption, SeedOption
 
 
 def classifier(
@@ -22,8 +22,9 @@ def classifier(
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the data.")] = 50,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures per step.")] = 512,
     width: Annotated[int, typer.Option(min=1, help="Factor of the network's channels.")] = 4,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the run.")] = 0,
+    seed: SeedOption = 0,
     force: ForceOption = False,
+    compilation_cache: CompilationCacheOption = True,
 ) -> None:
     """Train the small classifier whose features and classes `amskv eval` and `study` look at.
 
@@ -43,7 +44,8 @@ def classifier(
     )
     from amskv_jax.training.data import load_pictures  # noqa: PLC0415
 
-    use_compilation_cache()
+    if compilation_cache:
+        use_compilation_cache()
     size = side, side
     pictures = load_pictures(data, size)
     held_out = load_pictures(validation, size) if validation else None

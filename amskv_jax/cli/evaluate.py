@@ -10,7 +10,17 @@ import typer
 from amskv_jax.cli.compilation_cache import use_compilation_cache
 from amskv_jax.cli.console import make_console, print_line, progress
 from amskv_jax.cli.files import replacing
-from amskv_jax.cli.options import Attention, CheckpointOption, Dtype, StatsOption
+from amskv_jax.cli.options import (
+    Attention,
+    CheckpointOption,
+    CompilationCacheOption,
+    Dtype,
+    GuidanceOption,
+    SeedOption,
+    StatsOption,
+    TopKOption,
+    TopPOption,
+)
 from amskv_jax.errors import AmskvError, UsageError
 
 if TYPE_CHECKING:
@@ -40,7 +50,8 @@ def evaluate(
         Features, typer.Option(help="Feature network; none: draw and compare with full only.")
     ] = Features.CLASSIFIER,
     classifier: Annotated[
-        Path | None, typer.Option(help="Classifier of the model's classes, see `amskv classifier`.")
+        Path | None,
+        typer.Option(help="Classifier of the model's classes, see `amskv train classifier`."),
     ] = None,
     inception_weights: Annotated[
         Path | None, typer.Option(help="Weights of Inception, if not where torch-fidelity looks.")
@@ -49,10 +60,10 @@ def evaluate(
         Path | None,
         typer.Option(help="Real pictures: a packed .npz or a folder of class folders."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the random numbers.")] = 0,
-    cfg: Annotated[float, typer.Option(help="Guidance strength at the last scale.")] = 1.5,
-    top_k: Annotated[int, typer.Option(min=0, help="See `amskv sample`.")] = 900,
-    top_p: Annotated[float, typer.Option(min=0, max=1, help="See `amskv sample`.")] = 0.96,
+    seed: SeedOption = 0,
+    cfg: GuidanceOption = 1.5,
+    top_k: TopKOption = 900,
+    top_p: TopPOption = 0.96,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures generated at once.")] = 500,
     shard: Annotated[int, typer.Option(min=1, help="Pictures per file while drawing.")] = 1000,
     dtype: Annotated[
@@ -60,6 +71,7 @@ def evaluate(
     ] = None,
     attention: Annotated[Attention, typer.Option(help="Attention back end.")] = Attention.AUTO,
     stats: StatsOption = None,
+    compilation_cache: CompilationCacheOption = True,
 ) -> None:
     """Draw many pictures with several policies and measure them; resumes where it was stopped.
 
@@ -77,7 +89,8 @@ def evaluate(
 
     requests = [PolicyRequest.parse(text) for text in policies.split(",")]
     network = _network(features, classifier, inception_weights)
-    use_compilation_cache()
+    if compilation_cache:
+        use_compilation_cache()
     if network is not None:
         check_picture_count(num, network.dimension)
         if real is None:

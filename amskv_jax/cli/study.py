@@ -7,8 +7,18 @@ import typer
 
 from amskv_jax.cli.compilation_cache import use_compilation_cache
 from amskv_jax.cli.console import print_line
-from amskv_jax.cli.options import Attention, CheckpointOption, Dtype, parse_numbers
-from amskv_jax.errors import AmskvError, UsageError
+from amskv_jax.cli.files import check_suffix
+from amskv_jax.cli.options import (
+    Attention,
+    CheckpointOption,
+    CompilationCacheOption,
+    Dtype,
+    GuidanceOption,
+    TopKOption,
+    TopPOption,
+    parse_numbers,
+)
+from amskv_jax.errors import AmskvError
 
 if TYPE_CHECKING:
     from amskv_jax.pipeline import Pipeline
@@ -17,10 +27,7 @@ app = typer.Typer(
     help="Measure every policy on a trained model, and write the report.", no_args_is_help=True
 )
 
-ReportOption = Annotated[
-    Path | None,
-    typer.Option(help="Write the report here (.md), its pictures into a folder beside it."),
-]
+REPORT_HELP = "Write the report here (.md), its pictures into a folder beside it."
 
 
 @app.callback()
@@ -54,21 +61,23 @@ def run(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures generated at once.")] = 500,
     compilers: Annotated[int, typer.Option(min=1, help="Programs compiled at a time.")] = 6,
-    cfg: Annotated[float, typer.Option(help="Guidance strength at the last scale.")] = 1.5,
-    top_k: Annotated[int, typer.Option(min=0, help="See `amskv sample`.")] = 900,
-    top_p: Annotated[float, typer.Option(min=0, max=1, help="See `amskv sample`.")] = 0.96,
+    cfg: GuidanceOption = 1.5,
+    top_k: TopKOption = 900,
+    top_p: TopPOption = 0.96,
     dtype: Annotated[Dtype, typer.Option(help="Of all cells but those of g.")] = Dtype.BFLOAT16,
     calibration: Annotated[
         int, typer.Option(min=1, help="Pictures that calibration looks at.")
     ] = 128,
     attention: Annotated[Attention, typer.Option(help="Attention back end.")] = Attention.AUTO,
-    report: ReportOption = None,
+    report: Annotated[Path | None, typer.Option(help=REPORT_HELP)] = None,
+    compilation_cache: CompilationCacheOption = True,
 ) -> None:
     """Draw and measure all cells which have no result yet, the most important first.
 
     Sections: a: dropped scales; b: uniform or similarity-aware capacities; c: AMS-KV at four
     savings; d: all policies at three savings; e: C_min and C_max; f: theta; g: dtype.
     """
+    check_suffix(report, {".md"})
     from amskv_jax.evaluation.classifier import load_classifier  # noqa: PLC0415
     from amskv_jax.evaluation.measures import Judge  # noqa: PLC0415
     from amskv_jax.evaluation.metrics import check_picture_count  # noqa: PLC0415
@@ -76,7 +85,8 @@ def run(
     from amskv_jax.pipeline import load  # noqa: PLC0415
     from amskv_jax.training.data import load_pictures  # noqa: PLC0415
 
-    use_compilation_cache()
+    if compilation_cache:
+        use_compilation_cache()
     network = load_classifier(classifier)
     check_picture_count(num, network.dimension)
     conditions = Conditions(num, cfg, top_k, top_p, dtype.value, calibration)
@@ -119,11 +129,11 @@ def run(
 
 @app.command("report")
 def write(
-    out: Annotated[Path, typer.Option(help="Folder of the study.")], report: ReportOption
+    out: Annotated[Path, typer.Option(help="Folder of the study.")],
+    report: Annotated[Path, typer.Option(help=REPORT_HELP)],
 ) -> None:
     """Write the report from the results of a study, finished or not; needs no accelerator."""
-    if report is None or report.suffix != ".md":
-        raise UsageError("give the report's file: --report study.md")
+    check_suffix(report, {".md"})
     from amskv_jax.evaluation.render import render_study  # noqa: PLC0415
 
     render_study(out, report)

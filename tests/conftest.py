@@ -1,0 +1,105 @@
+"""Fixtures which several files share. Goldens were made on CPUs, so tests run there by default."""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before anything imports JAX
+
+import jax
+import numpy as np
+import pytest
+from reference_weights import recipe_state
+from safetensors.numpy import save_file
+from small_models import SMALL, TOKENIZER, TRANSFORMER
+
+from amskv_jax.cli import main
+from amskv_jax.initialize import init_checkpoint
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a command left: its exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_caches(tmp_path_factory):
+    """Keep commands from writing into the user's cache folder, and compile equal programs once."""
+    directory = tmp_path_factory.mktemp("cache")
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(directory / "jax"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(directory))
+        yield
+
+
+@pytest.fixture(scope="module")
+def quickly_compiled():
+    """Compile in a third of the time, for many programs which have little to do."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
+def amskv(monkeypatch, capsys):
+    """Run ``amskv`` with the given arguments in this process."""
+    monkeypatch.delenv("AMSKV_DEBUG", raising=False)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["amskv", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        return Finished(exit_.value.code or 0, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    """A checkpoint of ``SMALL`` with random weights; not to be changed."""
+    directory = tmp_path_factory.mktemp("small") / "checkpoint"
+    init_checkpoint(SMALL, directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def transformer():
+    """The reference's state dict of ``TRANSFORMER``."""
+    return recipe_state(TRANSFORMER)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The reference's state dict of ``TOKENIZER``."""
+    return recipe_state(TOKENIZER)
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write a state dict as .safetensors and return the path."""
+
+    def write(state, name):
+        path = tmp_path / f"{name}.safetensors"
+        save_file({key: np.ascontiguousarray(value) for key, value in state.items()}, path)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def files(transformer, tokenizer, write):
+    """The reference's files of transformer and tokenizer, which a test may damage."""
+    return write(transformer, "transformer"), write(tokenizer, "tokenizer")
+
+
+@pytest.fixture
+def torch():
+    return pytest.importorskip("torch")

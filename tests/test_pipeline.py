@@ -1,0 +1,128 @@
+"""Loading and sampling from Python."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_models import SCHEDULE, SMALL, TOKENIZER, TRANSFORMER
+
+import amskv_jax
+from amskv_jax.checkpoint import read_info
+from amskv_jax.errors import AmskvError, UsageError
+from amskv_jax.generate import Sampler, picture_keys
+from amskv_jax.initialize import random_params
+from amskv_jax.pipeline import check_labels, model_configs
+from amskv_jax.policies import AMSKV, Full, Sink, Window
+from amskv_jax.sampling import TokenSampling
+
+KEY = jax.random.key(1)
+
+
+@pytest.fixture(scope="module")
+def pipe(checkpoint):
+    return amskv_jax.load(checkpoint)
+
+
+def test_load_gives_what_was_saved(pipe, checkpoint):
+    assert (pipe.transformer, pipe.tokenizer) == (TRANSFORMER, TOKENIZER)
+    assert (pipe.dtype, pipe.fingerprint) == ("float32", read_info(checkpoint).fingerprint)
+    chex.assert_trees_all_equal(pipe.params, random_params(SMALL))
+    half = amskv_jax.load(checkpoint, "bfloat16")
+    assert half.dtype == half.sampler().dtype == "bfloat16"
+    assert half.params["transformer"]["head"]["kernel"].dtype == jnp.bfloat16
+
+
+def test_sampling_gives_tokens_and_pictures(pipe):
+    out = pipe.sample([2, 9], key=KEY, top_k=1)
+    chex.assert_shape(out.tokens, (2, SCHEDULE.total))
+    chex.assert_type(out.tokens, jnp.int32)
+    chex.assert_shape(out.pictures, (2, 6, 6, 3))
+    chex.assert_type(out.pictures, jnp.float32)
+    pictures = np.asarray(out.pictures)
+    assert pictures.min() >= 0
+    assert pictures.max() <= 1
+
+
+def test_labels_may_be_any_sequence_and_do_not_compile_again(pipe):
+    first = pipe.sample([2, 9], key=KEY, top_k=1)
+    compiled = Sampler.__call__._cache_size()
+    for labels in ((2, 9), np.array([2, 9], np.int64), jnp.array([2, 9])):
+        out = pipe.sample(labels, key=jax.random.key(7), top_k=1, policy=Full())
+        np.testing.assert_array_equal(out.tokens, first.tokens)
+    pipe.sample([3, 3], key=KEY, top_k=1, cfg=4.0)
+    assert Sampler.__call__._cache_size() == compiled
+
+
+def test_the_functional_layer_alone_gives_the_same(pipe):
+    """What the README shows: a plan, a sampler, weights, and no pipeline."""
+    plan = AMSKV().plan(TRANSFORMER.schedule, TRANSFORMER.depth)
+    sampler = Sampler(TRANSFORMER, TOKENIZER, plan, TokenSampling(top_k=20, top_p=0.9))
+    expected = pipe.sample([2, 9], key=KEY, policy=AMSKV(), top_k=20, top_p=0.9)
+    out = sampler(pipe.params, jnp.array([2, 9]), picture_keys(KEY, 2), 1.5)
+    chex.assert_trees_all_equal(out.tokens, expected.tokens)
+    chex.assert_trees_all_equal(out.pictures, expected.pictures)
+
+
+@pytest.mark.parametrize("policy", [Full(), AMSKV(condensed=1), Window(4), Sink(1, 2)])
+def test_policies_decide_what_the_sampler_keeps(pipe, policy):
+    sampler = pipe.sampler(policy, top_k=5, top_p=0.5, more_smooth=True, attention="xla")
+    assert sampler.plan == policy.plan(SCHEDULE, TRANSFORMER.depth)
+    assert sampler.sampling == TokenSampling(5, 0.5, more_smooth=True)
+    assert sampler.attention == "xla"
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ([], "no labels given: expected at least one of 0-9"),
+        ([10], "unknown label 10: the model has classes 0-9"),
+        ([0, -1, 1000], "unknown label -1, 1000"),
+        (list(range(10, 20)), "unknown label 10, 11, 12, 13, 14, ...: the model"),
+        ([1.5], "type float64: expected a list of integers"),
+        ([[1, 2]], r"shape \(1, 2\)"),
+        (3, r"shape \(\)"),
+        (["cat"], "expected a list of integers"),
+        ([True], "type bool"),
+    ],
+)
+def test_labels_are_checked(pipe, labels, expected):
+    with pytest.raises(UsageError, match=expected):
+        pipe.sample(labels, key=KEY)
+
+
+def test_checked_labels_are_int32():
+    labels = check_labels(np.array([0, 9], np.uint8), 10)
+    assert labels.dtype == np.int32
+    assert labels.tolist() == [0, 9]
+
+
+def test_options_and_policies_are_checked(pipe):
+    with pytest.raises(UsageError, match="top-k must be 0"):
+        pipe.sample([1], key=KEY, top_k=-1)
+    with pytest.raises(UsageError, match="top-p must lie between"):
+        pipe.sample([1], key=KEY, top_p=1.5)
+    with pytest.raises(UsageError, match="unknown attention 'flash'"):
+        pipe.sample([1], key=KEY, attention="flash")
+    with pytest.raises(AmskvError, match=r"layers \[7\]: the model has layers 0-2"):
+        pipe.sample([1], key=KEY, policy=AMSKV(demanding_layers=(7,)))
+
+
+def test_loading_what_is_no_checkpoint(tmp_path):
+    with pytest.raises(AmskvError, match="is not a checkpoint"):
+        amskv_jax.load(tmp_path)
+
+
+def test_checkpoints_of_another_kind(checkpoint):
+    info = read_info(checkpoint)
+    other = type(info)("infinity", {"transformer": TRANSFORMER}, "float32", "")
+    with pytest.raises(AmskvError, match="of the kind infinity, expected var"):
+        model_configs(other)
+
+
+def test_names_of_the_package():
+    for name in amskv_jax.__all__:
+        assert getattr(amskv_jax, name) is not None
+        assert name in dir(amskv_jax)
+    with pytest.raises(AttributeError, match="no attribute 'Paint'"):
+        amskv_jax.Paint  # noqa: B018
