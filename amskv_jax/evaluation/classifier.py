@@ -1,11 +1,13 @@
 """A small classifier, trained from scratch, whose features and classes the metrics look at.
 
-It is a wide residual network (arXiv 1605.07146) with group normalisation, which, unlike batch
-normalisation, treats a picture the same in training and evaluation, and leaves nothing to be
-averaged beside the weights.
+It is a wide residual network (arXiv 1605.07146). The running moments of its batch normalisation are
+kept beside the weights, {"params": ..., "batch_stats": ...}, and averaged like them.
 """
 
-from dataclasses import dataclass
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
+from amskv_jax.errors import AmskvError
 from amskv_jax.training.config import Optimization, Run
 from amskv_jax.training.data import Pictures, draw_pictures
 from amskv_jax.training.loop import Figures, Task, fit
@@ -24,8 +30,11 @@ from amskv_jax.training.state import TrainState, apply_gradients, create_state
 from amskv_jax.training.tokenizer import unit_range
 
 FORMAT = "amskv_jax.classifier"
-GROUPS = 8
-"""Groups of channels which are normalised together."""
+VERSION = "1"
+OPTIMIZATION = Optimization(learning_rate=2e-3, warmup_steps=500, weight_decay=0.1, beta2=0.99)
+RUN = Run(steps=4900, batch_size=512, steps_per_call=98, checkpoint_every=980)
+MOMENTUM = 0.9
+"""Decay of the running moments of batch normalisation."""
 EVALUATED_AT_ONCE = 500
 """Pictures per call when the classifier is only applied."""
 
@@ -64,10 +73,8 @@ class ClassifierTraining:
     """
 
     model: ClassifierConfig
-    optimization: Optimization = Optimization(
-        learning_rate=2e-3, warmup_steps=500, weight_decay=0.1, beta2=0.99
-    )
-    run: Run = Run(steps=4900, batch_size=512, steps_per_call=98, checkpoint_every=980)
+    optimization: Optimization = OPTIMIZATION
+    run: Run = RUN
     label_smoothing: float = 0.1
     shift: int = 4
     cutout: int = 8
@@ -80,26 +87,30 @@ class Classifier(nn.Module):
     dtype: str = "float32"
 
     @nn.compact
-    def __call__(self, pictures: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Return features, which are the last activations averaged over all places, and logits."""
+    def __call__(self, pictures: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:
+        """Return features, which are the last activations averaged over all places, and logits.
+
+        With ``train``, batches are normalised by their own moments, and the running ones updated.
+        """
         config = self.config
         x = self._conv(16)(pictures.astype(self.dtype))
         for stage in range(3):
             for block in range(config.blocks):
                 stride = 2 if stage and not block else 1
-                x = self._block(x, 16 * 2**stage * config.width, stride)
-        features = self._activate(x).mean((1, 2), dtype=jnp.float32)
+                x = self._block(x, 16 * 2**stage * config.width, stride, train)
+        features = self._activate(x, train).mean((1, 2), dtype=jnp.float32)
         return features, nn.Dense(config.num_classes)(features)
 
-    def _block(self, x: jax.Array, channels: int, stride: int) -> jax.Array:
-        active = self._activate(x)
+    def _block(self, x: jax.Array, channels: int, stride: int, train: bool) -> jax.Array:
+        active = self._activate(x, train)
         if x.shape[-1] != channels or stride > 1:
             x = self._conv(channels, stride, size=1)(active)
-        active = self._activate(self._conv(channels, stride)(active))
+        active = self._activate(self._conv(channels, stride)(active), train)
         return x + self._conv(channels)(active)
 
-    def _activate(self, x: jax.Array) -> jax.Array:
-        return nn.relu(nn.GroupNorm(GROUPS, dtype=self.dtype)(x))
+    def _activate(self, x: jax.Array, train: bool) -> jax.Array:
+        norm = nn.BatchNorm(use_running_average=not train, momentum=MOMENTUM, dtype=self.dtype)
+        return nn.relu(norm(x))
 
     def _conv(self, channels: int, stride: int = 1, size: int = 3) -> nn.Conv:
         return nn.Conv(
@@ -133,7 +144,7 @@ def train_classifier(
       stop_after: see ``training.loop.fit``.
 
     Returns:
-      The averaged weights, float32.
+      The averaged weights and moments, float32: the classifier's variables.
 
     Raises:
       AmskvError: if the pictures do not suit the model; and what ``training.loop.fit`` raises.
@@ -146,14 +157,14 @@ def train_classifier(
 
     def create() -> TrainState:
         empty = jnp.zeros((1, *size, 3))
-        params = Classifier(config.model).init(jax.random.key(run.seed), empty)["params"]
-        return create_state(params, config.optimization, run, {})
+        variables = Classifier(config.model).init(jax.random.key(run.seed), empty)
+        return create_state(variables, config.optimization, run, {})
 
     def batches(first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         shape = count, run.batch_size
         index = draw_pictures(
             len(pictures), run.seed, first * run.batch_size, count * run.batch_size
-        ).index
+        ).rows
         pixels = pictures.pixels[index]
         return pixels.reshape(*shape, *pixels.shape[1:]), pictures.labels[index].reshape(shape)
 
@@ -185,14 +196,18 @@ def train_step(
     classes = config.model.num_classes
     targets = optax.smooth_labels(jax.nn.one_hot(labels, classes), config.label_smoothing)
 
-    def objective(params: Any) -> tuple[jax.Array, Figures]:
-        _, logits = Classifier(config.model, config.run.dtype).apply({"params": params}, pictures)
-        loss = optax.softmax_cross_entropy(logits, targets).mean()
-        return loss, {"loss": loss, "accuracy": (logits.argmax(-1) == labels).mean()}
+    model: Any = Classifier(config.model, config.run.dtype)
 
-    (_, figures), gradients = jax.value_and_grad(objective, has_aux=True)(state.params)
+    def objective(variables: Any) -> tuple[jax.Array, tuple[Figures, Any]]:
+        (_, logits), updated = model.apply(variables, pictures, True, mutable="batch_stats")
+        loss = optax.softmax_cross_entropy(logits, targets).mean()
+        figures = {"loss": loss, "accuracy": (logits.argmax(-1) == labels).mean()}
+        return loss, (figures, updated)
+
+    (_, (figures, updated)), gradients = jax.value_and_grad(objective, has_aux=True)(state.params)
     state, own = apply_gradients(state, gradients, config.optimization, config.run)
-    return state, {**figures, **own}
+    # Moments have no gradient, so the optimiser left them alone.
+    return replace(state, params={**state.params, **updated}), {**figures, **own}
 
 
 def vary(config: ClassifierTraining, key: jax.Array, pictures: jax.Array) -> jax.Array:
@@ -236,7 +251,92 @@ def apply_classifier(
 def _apply(config: ClassifierConfig, params: Any, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
     # Features shall not depend on the device, and GPUs round float32 products unless told.
     with jax.default_matmul_precision("highest"):
-        output: tuple[jax.Array, jax.Array] = Classifier(config).apply(
-            {"params": params}, unit_range(pixels)
+        model: Any = Classifier(config)  # Flax's type of `apply` says little
+        features, logits = model.apply(params, unit_range(pixels))
+    return features, logits
+
+
+def save_classifier(path: Path | str, config: ClassifierConfig, params: Any) -> None:
+    """Write a classifier as a safetensors file with its shape; weights are rounded to float16.
+
+    Args:
+      path: the file.
+      config: the classifier's shape.
+      params: its variables; the moments stay float32.
+
+    Raises:
+      AmskvError: if it cannot be written; an existing file is replaced whole or not at all.
+    """
+    path = Path(path)
+    tensors = {
+        name: np.asarray(value, np.float16 if name.startswith("params/") else np.float32)
+        for name, value in flatten_dict(params, sep="/").items()
+    }
+    metadata = {"format": FORMAT, "version": VERSION, "config": json.dumps(asdict(config))}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(save(tensors, metadata))
+        temporary.replace(path)
+    except OSError as error:
+        raise AmskvError(f"cannot write the classifier {path}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedClassifier:
+    """A classifier with its weights: a feature network, see ``features.FeatureNetwork``.
+
+    Attributes:
+      config: its shape.
+      params: its variables, float32.
+      fingerprint: of the file; empty if it was not read from one.
+    """
+
+    config: ClassifierConfig
+    params: Any
+    fingerprint: str = ""
+
+    name = "classifier"
+    classifies = True
+
+    @property
+    def dimension(self) -> int:
+        """Number of features."""
+        return self.config.dimension
+
+    def __call__(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return features [N, D] and logits [N, classes] of pictures uint8 [N, H, W, 3]."""
+        return apply_classifier(self.config, self.params, pixels)
+
+
+def load_classifier(path: Path | str) -> TrainedClassifier:
+    """Read what ``save_classifier`` wrote.
+
+    Raises:
+      AmskvError: if the file is missing, damaged, of another kind or version.
+    """
+    path = Path(path)
+    try:
+        with safe_open(path, "np") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:32]
+    except (OSError, SafetensorError) as error:
+        raise AmskvError(f"cannot read the classifier {path}: {error}") from error
+    found = metadata.get("format"), metadata.get("version")
+    if found != (FORMAT, VERSION):
+        raise AmskvError(
+            f"{path} is {found[0] or 'no classifier'}, version {found[1]}: expected {FORMAT}, "
+            f"version {VERSION}, as `amskv train classifier` writes it"
         )
-    return output
+    try:
+        config = ClassifierConfig(**json.loads(metadata["config"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise AmskvError(f"the classifier {path} is damaged: {error!r}") from error
+    expected = jax.eval_shape(Classifier(config).init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    shapes = {k: v.shape for k, v in flatten_dict(expected, sep="/").items()}
+    if {name: value.shape for name, value in tensors.items()} != shapes:
+        raise AmskvError(f"the weights in the classifier {path} do not fit its shape, {config}")
+    params = unflatten_dict({k: jnp.asarray(v, jnp.float32) for k, v in tensors.items()}, sep="/")
+    return TrainedClassifier(config, params, digest)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +111,7 @@ def inception_score(logits: np.ndarray, splits: int = SPLITS) -> tuple[float, fl
     log_p = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
     edges = [index * len(logits) // splits for index in range(splits + 1)]
     scores = []
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         part = log_p[start:stop]
         p = np.exp(part)
         scores.append(np.exp((p * (part - np.log(p.mean(0)))).sum(1).mean()))
@@ -152,9 +153,9 @@ def in_manifold(queries: np.ndarray, centres: np.ndarray, radii: np.ndarray) -> 
       centres: [N, D].
       radii: [N], squared.
     """
-    centres = jnp.asarray(centres, jnp.float32)
+    columns = jnp.asarray(centres, jnp.float32)
     parts = [
-        _within(jnp.asarray(queries[start : start + BLOCK], jnp.float32), centres, radii)
+        _within(jnp.asarray(queries[start : start + BLOCK], jnp.float32), columns, radii)
         for start in range(0, len(queries), BLOCK)
     ]
     return np.concatenate(parts)

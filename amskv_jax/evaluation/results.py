@@ -1,0 +1,97 @@
+"""Files of studies and evaluations: results as JSON lines, pictures as .npz, never in part."""
+
+import json
+import os
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from amskv_jax.errors import AmskvError
+
+Record = dict[str, Any]
+"""What is known of one cell: its name, its settings and its figures."""
+
+
+class Results:
+    """The JSON lines of a study, one per finished cell.
+
+    Attributes:
+      path: the file.
+      records: name of the cell -> its record, in the order of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read the file; a last line which was not finished is dropped, there and here."""
+        self.path = path
+        self.records = {record["name"]: record for record in read_results(path)}
+        if path.exists():
+            lines = (json.dumps(record) + "\n" for record in self.records.values())
+            with replacing(path) as temporary:
+                temporary.write_text("".join(lines), encoding="utf-8")
+
+    def add(self, record: Record) -> None:
+        """Append a record and wait until it is on the disk."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.records[record["name"]] = record
+
+
+def read_results(path: Path | str) -> list[Record]:
+    """Return all finished lines of a file of results; none if there is no file."""
+    path = Path(path)
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        records.append(record)
+    return records
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write a .npz file under a temporary name, then rename it.
+
+    Raises:
+      AmskvError: if it cannot be written.
+    """
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Read a .npz file; empty if there is none.
+
+    Raises:
+      AmskvError: if it is damaged.
+    """
+    if not path.exists():
+        return {}
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            return {name: content[name] for name in content.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise AmskvError(f"{path} is damaged ({error}): remove it") from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary name in the same folder, which becomes ``path`` when all went well.
+
+    Raises:
+      AmskvError: if it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    except OSError as error:
+        raise AmskvError(f"cannot write {path}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)

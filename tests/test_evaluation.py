@@ -1,0 +1,211 @@
+"""Drawing, budgets, and the resumable evaluation, with a model that compiles quickly."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from reference_weights import recipe_params
+from test_metrics import MeanColour
+
+from amskv_jax.errors import AmskvError, UsageError
+from amskv_jax.evaluation import evaluate as module
+from amskv_jax.evaluation.budgets import BUDGETED, PolicyRequest, memory_report, policy_for_saving
+from amskv_jax.evaluation.drawing import Drawer, balanced_labels
+from amskv_jax.evaluation.evaluate import Evaluation, evaluate
+from amskv_jax.evaluation.measures import Judge
+from amskv_jax.evaluation.results import Results, read_arrays, read_results
+from amskv_jax.generate import picture_keys
+from amskv_jax.models.config import VARConfig, VQVAEConfig
+from amskv_jax.pipeline import Pipeline
+from amskv_jax.policies import Window
+from amskv_jax.schedule import VAR_256, ScaleSchedule
+from amskv_jax.sheet import to_uint8
+from amskv_jax.stats import LayerStats
+
+SCHEDULE = ScaleSchedule.square((1, 2, 3))
+TRANSFORMER = VARConfig(2, 32, 2, SCHEDULE, num_classes=3, vocab_size=16, latent_channels=8)
+TOKENIZER = VQVAEConfig(SCHEDULE, 16, 8, 32, (1, 1, 1), 1)
+EVALUATION = Evaluation(num=10, shard=4, top_k=8)
+LARGE = VARConfig(6, 128, 2, VAR_256, num_classes=10)
+
+
+def make_stats(config, seed=0):
+    """Statistics of a model that attends at random."""
+    generator = np.random.default_rng(seed)
+    layers, heads, scales = config.depth, config.num_heads, config.schedule.num_scales
+    similarity = -2 - generator.random((layers, scales)) + np.arange(layers)[:, None] / layers
+    similarity[:, 0] = np.nan
+    density = np.tril(generator.random((layers, heads, scales, scales)))
+    return LayerStats(
+        config.schedule,
+        similarity,
+        similarity,
+        density / density.sum(-1, keepdims=True),
+        np.sort(generator.random((layers, scales, 5)), axis=-1),
+        fingerprint="weights",
+    )
+
+
+@pytest.fixture(scope="module")
+def model():
+    params = {"transformer": recipe_params(TRANSFORMER), "tokenizer": recipe_params(TOKENIZER)}
+    return Pipeline(TRANSFORMER, TOKENIZER, params, "float32", "weights")
+
+
+@pytest.fixture(scope="module")
+def judge():
+    real = np.random.default_rng(0).integers(0, 256, (40, 12, 12, 3)).astype(np.uint8)
+    return Judge.of(MeanColour(), real)
+
+
+REQUESTS = [PolicyRequest("full"), PolicyRequest("window", 0.75)]
+
+
+@pytest.fixture(scope="module")
+def whole(model, judge, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("whole")
+    return directory, evaluate(EVALUATION, model, REQUESTS, judge, directory, batch=3)
+
+
+def pictures(directory, name):
+    return read_arrays(directory / f"{name}.npz")["arr_0"]
+
+
+def assert_same(pixels, expected):
+    """Programs for other batch sizes round otherwise, which may show where a level ends."""
+    assert np.abs(pixels.astype(int) - expected).max() <= 1
+
+
+def test_pictures_are_those_of_the_pipeline(model, whole):
+    directory, _ = whole
+    expected = model.sample(
+        balanced_labels(0, 10, 3), key=jax.random.key(0), cfg=1.5, top_k=8, top_p=0.96
+    )
+    assert_same(pictures(directory, "full"), to_uint8(expected.pictures))
+
+
+def test_a_picture_has_the_same_number_in_every_batch(model):
+    drawer = Drawer(model.sampler(), model.params, batch=4)
+    together = drawer.draw(model.params, 5, 0, 7, 1.5)
+    assert together.shape == (7, 12, 12, 3)
+    assert_same(drawer.draw(model.params, 5, 2, 3, 1.5), together[2:5])
+    keys = picture_keys(jax.random.key(5), 1, first=6)
+    alone = model.sampler()(model.params, balanced_labels(6, 1, 3), keys, 1.5).pictures
+    assert_same(to_uint8(alone), together[6:])
+
+
+def test_files_are_in_the_layout_of_the_adm_evaluator(whole):
+    directory, _ = whole
+    with np.load(directory / "window-75%.npz") as content:
+        assert content.files[0] == "arr_0"
+        assert content["arr_0"].dtype == np.uint8
+        assert content["arr_0"].shape == (10, 12, 12, 3)
+        np.testing.assert_array_equal(content["arr_1"], [0, 1, 2, 0, 1, 2, 0, 1, 2, 0])
+    assert not list(directory.glob("*.shard-*"))
+
+
+def test_records_hold_bytes_and_figures(whole, judge):
+    directory, records = whole
+    assert [record["name"] for record in records] == ["full", "window-75%"]
+    full, window = records
+    assert "psnr" not in full
+    assert full["cache_bytes"] == 2 * 2 * 5 * 2 * 32 * 4  # rows, layers, tokens, K and V, width
+    assert window["saving"] >= 0.75
+    labels = balanced_labels(0, 10, 3)
+    originals = pictures(directory, "full")
+    figures = judge.figures(pictures(directory, "window-75%"), labels, originals)
+    assert {name: window[name] for name in figures} == figures
+    assert read_results(directory / "results.jsonl") == records
+
+
+def test_stopped_evaluation_goes_on_with_the_shard_it_was_at(
+    model, judge, whole, tmp_path, monkeypatch
+):
+    draw, drawn = Drawer.draw, []
+
+    def interrupted(self, params, seed, first, count, cfg):
+        if len(drawn) == 4:  # the second shard of the second policy
+            raise KeyboardInterrupt
+        drawn.append(first)
+        return draw(self, params, seed, first, count, cfg)
+
+    monkeypatch.setattr(Drawer, "draw", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(EVALUATION, model, REQUESTS, judge, tmp_path, batch=3)
+    assert drawn == [0, 4, 8, 0]
+    assert [path.name for path in tmp_path.glob("*.shard-*")] == ["window-75%.shard-00000.npz"]
+    drawn.clear()
+    records = evaluate(EVALUATION, model, REQUESTS, judge, tmp_path, batch=3)
+    assert drawn == [4, 8]
+    for ours, theirs in zip(records, whole[1], strict=True):
+        assert {**ours, "draw_seconds": 0} == {**theirs, "draw_seconds": 0}
+    np.testing.assert_array_equal(
+        pictures(tmp_path, "window-75%"), pictures(whole[0], "window-75%")
+    )
+
+
+def test_finished_evaluation_only_reads(model, judge, whole, monkeypatch):
+    monkeypatch.setattr(module, "Drawer", None)
+    directory, records = whole
+    assert evaluate(EVALUATION, model, REQUESTS, judge, directory) == records
+
+
+def test_evaluation_without_features_compares_with_the_full_cache(model, tmp_path):
+    same = [PolicyRequest("full"), PolicyRequest("window", 0.0)]
+    records = evaluate(EVALUATION, model, same, None, tmp_path, batch=10)
+    assert "frechet_distance" not in records[0]
+    assert records[1]["psnr"] is None  # equal pictures
+    assert records[1]["ssim"] == pytest.approx(1)
+
+
+def test_folder_of_another_evaluation_is_refused(model, judge, whole):
+    directory, _ = whole
+    with pytest.raises(UsageError, match=r"other settings: evaluation\.seed \(there 0, now 1\)"):
+        evaluate(Evaluation(num=10, shard=4, top_k=8, seed=1), model, REQUESTS, judge, directory)
+
+
+def test_too_few_pictures_are_refused_before_any_work(model, judge, tmp_path):
+    with pytest.raises(UsageError, match="3 pictures are too few for a Frechet distance on 3"):
+        evaluate(Evaluation(num=3), model, REQUESTS, judge, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_unfinished_last_line_of_results_is_dropped(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text('{"name": "a", "x": 1}\n{"name": "b", "x"')
+    results = Results(path)
+    assert list(results.records) == ["a"]
+    results.add({"name": "c"})
+    assert [json.loads(line)["name"] for line in path.read_text().splitlines()] == ["a", "c"]
+
+
+def test_damaged_pictures_are_reported(tmp_path):
+    (tmp_path / "x.npz").write_bytes(b"PK nonsense")
+    with pytest.raises(AmskvError, match=r"is damaged .*remove it"):
+        read_arrays(tmp_path / "x.npz")
+
+
+@pytest.mark.parametrize("name", list(BUDGETED))
+@pytest.mark.parametrize("saving", [0.5, 0.85])
+def test_policies_get_the_largest_budget_that_saves_enough(name, saving):
+    stats = make_stats(LARGE)
+    policy = policy_for_saving(BUDGETED[name], saving, LARGE, stats)
+    report = memory_report(policy.plan(LARGE.schedule, LARGE.depth, stats), LARGE)
+    assert saving <= report.saving(report.full) < saving + 0.03
+
+
+def test_a_saving_out_of_reach_says_why():
+    with pytest.raises(AmskvError, match=r"no budget saves 99\.9%.*protected scales need 5"):
+        policy_for_saving(BUDGETED["heads"], 0.999, LARGE, make_stats(LARGE))
+
+
+def test_requests_of_policies():
+    assert PolicyRequest.parse(" ams:0.787") == PolicyRequest("ams", 0.787)
+    assert str(PolicyRequest("ams", 0.787)) == "ams-78.7%"
+    assert PolicyRequest("window").policy(LARGE, None) == Window()
+    for text in ("full:0.5", "ams:most", "ams:1"):
+        with pytest.raises(UsageError, match="expected a policy other than full and a saving"):
+            PolicyRequest.parse(text)
+    with pytest.raises(UsageError, match="unknown policy 'lru': expected full, ams"):
+        PolicyRequest.parse("lru")

@@ -1,0 +1,287 @@
+"""The study: its cells, its order, and that it survives being killed."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_evaluation import LARGE, TOKENIZER, TRANSFORMER, make_stats
+from test_metrics import MeanColour
+
+from amskv_jax.errors import AmskvError, UsageError
+from amskv_jax.evaluation import study as module
+from amskv_jax.evaluation.budgets import memory_report
+from amskv_jax.evaluation.cells import SECTIONS, order_cells, study_arms
+from amskv_jax.evaluation.measures import Judge
+from amskv_jax.evaluation.render import render_study
+from amskv_jax.evaluation.results import read_arrays, read_results
+from amskv_jax.evaluation.study import Conditions, Extent, run_study
+from amskv_jax.pipeline import Pipeline
+
+CONDITIONS = Conditions(num=12, dtype="float32")
+EXTENT = Extent(sections="cdg", batch=5, compilers=2)
+
+
+@pytest.fixture(scope="module")
+def arms():
+    arms, impossible = study_arms(LARGE, make_stats(LARGE), "abcdefg")
+    assert not impossible
+    return {arm.name: arm for arm in arms}
+
+
+def saving(arm):
+    report = memory_report(arm.plan, LARGE)
+    return report.saving(report.full)
+
+
+def test_every_section_has_arms_with_names_of_their_own(arms):
+    assert {arm.section for arm in arms.values()} == {"full", *SECTIONS}
+    for name in arms:
+        assert name.count("/") == 1
+        assert " " not in name
+
+
+def test_arms_save_what_their_names_say(arms):
+    for name, arm in arms.items():
+        if arm.section in "cd":
+            target = float(arm.label.rpartition(" ")[2].rstrip("%")) / 100
+            assert target <= saving(arm) < target + 0.06, name
+
+
+def test_dropped_scales_are_never_cached(arms):
+    row = arms["a/drop-3-intermediate"].plan.rows[0]
+    assert [segment.scale for segment in row.keep[-1]] == [0, 1, 2, 6, 7, 8]
+    row = arms["a/drop-1-local"].plan.rows[0]
+    assert [segment.scale for segment in row.keep[-1]] == [0, 1, 2, 3, 4, 5, 6, 7]
+    row = arms["a/drop-1-condensed"].plan.rows[0]
+    assert [segment.scale for segment in row.keep[2]] == [1]
+
+
+def test_upside_down_gives_the_larger_capacity_to_as_many_other_layers(arms):
+    similar, wrong = (
+        {i for i, row in enumerate(arms[name].plan.rows) if row.capacity > 105}
+        for name in ("b/S2-by-similarity-105-274", "b/S2-upside-down-105-274")
+    )
+    assert len(similar) == len(wrong) > 0
+    assert min(similar) < min(wrong)  # in these statistics later layers are more similar
+    assert max(similar) < max(wrong)
+
+
+def test_theta_sweep_covers_all_numbers_of_demanding_layers(arms):
+    bytes_ = [
+        memory_report(arms[f"f/{count}-demanding-layers"].plan, LARGE).plan for count in range(7)
+    ]
+    assert bytes_ == sorted(set(bytes_))
+
+
+def test_other_dtype_costs_twice_the_bytes(arms):
+    full, other = arms["full/full"], arms["g/full-float32"]
+    sizes = [memory_report(arm.plan, LARGE, arm.dtype).plan for arm in (full, other)]
+    assert sizes[1] == 2 * sizes[0]
+
+
+def test_important_cells_come_first(arms):
+    cells = [cell.name for cell in order_cells(arms.values(), (3, 4))]
+    assert cells[:3] == ["full/full/seed3", "full/full/seed4", "c/ams-70.0%/seed3"]
+    order = ["c3", "c4", "d3", "d4", "a3", "b3", "b4", "f3", "e3", "g3", "a4", "f4", "e4", "g4"]
+    found = list(dict.fromkeys(name[0] + name[-1] for name in cells if "full/full/" not in name))
+    assert found == order
+
+
+def test_unknown_sections_are_refused():
+    with pytest.raises(UsageError, match="unknown sections 'cx'"):
+        study_arms(LARGE, make_stats(LARGE), "cx")
+
+
+class FakeDrawer:
+    """Draws noise that depends on plan, seed and picture, without a model."""
+
+    drawn = 0
+    kill_at = -1
+
+    def __init__(self, sampler, params, batch):
+        self.slots = sum(row.capacity for row in sampler.plan.rows)
+
+    def draw(self, params, seed, first, count, cfg):
+        if FakeDrawer.drawn == FakeDrawer.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        FakeDrawer.drawn += 1
+        generator = np.random.default_rng((self.slots, seed))
+        return generator.integers(0, 256, (count, 12, 12, 3)).astype(np.uint8)
+
+
+def load(dtype):
+    return Pipeline(TRANSFORMER, TOKENIZER, {}, dtype, "weights")
+
+
+def run(directory, **options):
+    """Run a study with the fake drawer on statistics that are there already."""
+    module.Drawer = FakeDrawer
+    directory = Path(directory)
+    directory.mkdir(exist_ok=True)
+    if not (directory / "stats.npz").exists():
+        make_stats(TRANSFORMER).save(directory / "stats.npz")
+    real = np.random.default_rng(0).integers(0, 256, (40, 12, 12, 3)).astype(np.uint8)
+    judge = Judge.of(MeanColour(), real)
+    FakeDrawer.drawn = 0
+    extent = options.pop("extent", EXTENT)
+    return run_study(CONDITIONS, extent, load, judge, directory, held_out=real[:20], **options)
+
+
+def comparable(directory):
+    records = {r["name"]: r for r in read_results(directory / "results.jsonl")}
+    return {
+        name: {k: v for k, v in record.items() if k not in ("draw_seconds", "same_as")}
+        for name, record in records.items()
+    }
+
+
+@pytest.fixture(autouse=True)
+def restore_drawer(monkeypatch):
+    monkeypatch.setattr(module, "Drawer", FakeDrawer)  # undone after the test
+    monkeypatch.setattr(FakeDrawer, "kill_at", -1)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    before, directory = module.Drawer, tmp_path_factory.mktemp("study")
+    lines = []
+    assert run(directory, report=lines.append) == []
+    module.Drawer = before
+    return directory, lines, FakeDrawer.drawn
+
+
+def test_every_cell_has_a_result(whole):
+    directory, lines, drawn = whole
+    records = comparable(directory)
+    assert {"real/held-out", "full/full/seed0", "full/full/seed1"} <= records.keys()
+    cells = [record for record in records.values() if "seed" in record]
+    assert sum(line.startswith("[") for line in lines) == len(cells)
+    distinct = [r for r in read_results(directory / "results.jsonl") if "draw_seconds" in r]
+    assert drawn == len([r for r in distinct if "same_as" not in r])
+    impossible = records["c/ams-90.0%"]["impossible"]
+    assert "the smallest" in impossible
+    for record in cells:
+        compared = record["section"] != "full" and record["cache_bytes"] < 2560
+        assert "frechet_distance" in record
+        assert not compared or record["ssim"] < 1
+
+
+def test_equal_plans_are_drawn_once(whole):
+    records = read_results(whole[0] / "results.jsonl")
+    twins = [record for record in records if "same_as" in record]
+    named = {record["name"]: record for record in records}
+    assert twins
+    for twin in twins:
+        original = named[twin["same_as"]]
+        assert twin["cache_bytes"] == original["cache_bytes"]
+        assert twin["frechet_distance"] == original["frechet_distance"]
+
+
+def test_samples_hold_a_picture_per_class(whole):
+    samples = read_arrays(whole[0] / "samples.npz")
+    assert list(samples.pop("classes")) == []
+    assert {pixels.shape for pixels in samples.values()} == {(3, 12, 12, 3)}
+    assert "full|full|seed0" in samples
+
+
+@pytest.mark.parametrize("kill_at", [1, 4])
+def test_killed_study_loses_the_cell_it_was_at(whole, tmp_path, kill_at):
+    tests = Path(__file__).parent
+    code = (
+        "import test_study; "
+        f"test_study.FakeDrawer.kill_at = {kill_at}; test_study.run({str(tmp_path)!r})"
+    )
+    paths = os.pathsep.join([str(tests), os.environ.get("PYTHONPATH", "")])
+    killed = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths}, check=False
+    )
+    assert killed.returncode == -signal.SIGKILL
+    records = read_results(tmp_path / "results.jsonl")
+    finished = len([r for r in records if "draw_seconds" in r and "same_as" not in r])
+    assert finished == kill_at
+    with (tmp_path / "results.jsonl").open("a") as file:
+        file.write('{"name": "half')
+    assert run(tmp_path) == []
+    assert FakeDrawer.drawn == whole[2] - finished
+    assert comparable(tmp_path) == comparable(whole[0])
+
+
+def test_time_limit_leaves_the_rest(whole, tmp_path):
+    left = run(tmp_path, extent=Extent(sections="cdg", batch=5, stop_after=0.0))
+    assert left[0].name == "full/full/seed0"
+    assert run(tmp_path) == []
+    assert comparable(tmp_path) == comparable(whole[0])
+
+
+def test_lost_originals_are_drawn_again(whole, tmp_path):
+    run(tmp_path, extent=Extent(sections="c", batch=5))
+    for path in tmp_path.glob("originals-*"):
+        path.unlink()
+    run(tmp_path)
+    assert comparable(tmp_path) == comparable(whole[0])
+
+
+def test_only_chosen_cells_run(tmp_path):
+    run(tmp_path, extent=Extent(sections="cdg", only="d/window-75%", seeds=(1,), batch=5))
+    names = [r["name"] for r in read_results(tmp_path / "results.jsonl") if "seed" in r]
+    assert names == ["full/full/seed1", "d/window-75%/seed1"]
+
+
+def test_cells_that_fail_do_not_stop_the_others(whole, tmp_path, monkeypatch):
+    class Failing(FakeDrawer):
+        def __init__(self, sampler, params, batch):
+            if "sliding" in sampler.plan.note:
+                raise RuntimeError("RESOURCE_EXHAUSTED: too large\nand more")
+            super().__init__(sampler, params, batch)
+
+    monkeypatch.setattr(sys.modules[__name__], "FakeDrawer", Failing)
+    with pytest.raises(AmskvError, match=r"cells failed:\n  d/window-.*: RESOURCE_EXHAUSTED"):
+        run(tmp_path)
+    monkeypatch.undo()
+    assert "d/h2o-75%/seed0" in comparable(tmp_path)
+    run(tmp_path)
+    assert comparable(tmp_path) == comparable(whole[0])
+
+
+def test_folder_of_another_study_is_refused(whole):
+    real = np.zeros((40, 12, 12, 3), np.uint8)
+    judge = Judge.of(MeanColour(), real[:39])
+    with pytest.raises(UsageError, match=r"other settings: real_pictures \(there 40, now 39\)"):
+        run_study(CONDITIONS, EXTENT, load, judge, whole[0])
+
+
+def test_report_has_a_row_per_arm(whole, tmp_path):
+    pytest.importorskip("matplotlib")
+    report = tmp_path / "study.md"
+    render_study(whole[0], report)
+    text = report.read_text()
+    assert "colour Frechet distance" in text
+    assert "FID," not in text
+    assert "| ams 50% |" in text
+    assert "`c/ams-90.0%` cannot be: " in text
+    assert text.count("Not run yet.") == 4
+    assert "Noise: " in text
+    assert "--sections d --seeds 0,1 --num 12" in text
+    assert "20 held-out real pictures" in text
+    for name in ("pareto.png", "pictures.png"):
+        assert f"(study/{name})" in text
+        assert (tmp_path / "study" / name).stat().st_size > 1000
+
+
+def test_report_command(amskv, whole, tmp_path):
+    pytest.importorskip("matplotlib")
+    finished = amskv("study", "report", "--out", whole[0], "--report", tmp_path / "study.md")
+    assert (finished.code, finished.err) == (0, "")
+    assert (tmp_path / "study.md").exists()
+    finished = amskv("study", "report", "--out", whole[0], "--report", tmp_path / "study.txt")
+    assert finished.code == 2
+    assert "study.txt is of an unknown type: expected .md" in finished.err
+
+
+def test_report_without_results_is_refused(tmp_path):
+    with pytest.raises(AmskvError, match="no result of the full cache"):
+        render_study(tmp_path, tmp_path / "study.md")
