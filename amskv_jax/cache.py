@@ -17,6 +17,7 @@ from flax import struct
 from jax import lax
 
 from amskv_jax.attention import Implementation, attend
+from amskv_jax.inplace import after
 from amskv_jax.online import OnlineRow, OnlineSlots
 from amskv_jax.plan import HeadRow, RetentionPlan, Row, SelectingRow, StaticRow
 from amskv_jax.rows import check_heads
@@ -113,6 +114,7 @@ class StaticSlots:
             scale,
             implementation,
         )
+        layer = after(output, layer, len(cache.keys))
         return output, KVCache(
             keys=self._write(cache.keys, layer, step, key),
             values=self._write(cache.values, layer, step, value),

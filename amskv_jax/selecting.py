@@ -13,6 +13,7 @@ from flax import struct
 from jax import lax
 
 from amskv_jax.attention import Implementation, attend
+from amskv_jax.inplace import after
 from amskv_jax.rows import SelectingRow
 from amskv_jax.schedule import ScaleSchedule
 from amskv_jax.selectors import Selector, best
@@ -106,6 +107,7 @@ class SelectingSlots:
             index = jnp.moveaxis(chosen, 2, 1)[..., None]
             key, value = (jnp.take_along_axis(x, index, axis=1) for x in (keys, values))
             held = 0
+        layer = after(output, layer, len(cache.keys))
         return output, SelectedCache(
             keys=_write(cache.keys, layer, held, key, axis=1),
             values=_write(cache.values, layer, held, value, axis=1),

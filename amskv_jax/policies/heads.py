@@ -103,7 +103,7 @@ def choose_blocks(
     If the heads would get too many different sets, only some are offered: the one that an average
     head would get, which always fits, and those which most heads would get. Every head starts with
     the smallest, and moves to another as long as the budget lasts, the move which gains most per
-    token first.
+    token first. With what is left, sets grow for all their heads.
 
     Args:
       mass: worth of every scale to every head, [N, S - 1].
@@ -122,7 +122,8 @@ def choose_blocks(
     average = _best_blocks(mass.mean(0, keepdims=True), tokens, budget, protected)
     others = sets[np.argsort(-heads, kind="stable")]
     others = others[(others != average).any(1)][: patterns - 1]
-    return _assign(mass, tokens, budget, np.concatenate([average, others]))
+    chosen = _assign(mass, tokens, budget, np.concatenate([average, others]))
+    return _grow(mass, tokens, budget, chosen)
 
 
 def _best_blocks(mass: np.ndarray, tokens: np.ndarray, budget: int, protected: int) -> np.ndarray:
@@ -150,6 +151,20 @@ def _assign(mass: np.ndarray, tokens: np.ndarray, budget: int, sets: np.ndarray)
         rate = np.where(cost > 0, gain / np.maximum(cost, 1), np.inf)
         head, chosen = np.unravel_index(np.where(possible, rate, -1).argmax(), rate.shape)
         own[head] = chosen
+
+
+def _grow(mass: np.ndarray, tokens: np.ndarray, budget: int, chosen: np.ndarray) -> np.ndarray:
+    """Add blocks for all heads with the same set, those worth most per token first."""
+    sets, owner = np.unique(chosen, axis=0, return_inverse=True)
+    owner = owner.ravel()
+    heads = np.bincount(owner)
+    worth = np.stack([mass[owner == index].mean(0) for index in range(len(sets))]) / tokens
+    left = budget * len(mass) - int((chosen @ tokens).sum())
+    for index, scale in np.argwhere(~sets)[np.argsort(-worth[~sets], kind="stable")]:
+        if heads[index] * tokens[scale] <= left:
+            sets[index, scale] = True
+            left -= int(heads[index] * tokens[scale])
+    return sets[owner]
 
 
 def head_row(schedule: ScaleSchedule, chosen: np.ndarray) -> StaticRow:

@@ -65,9 +65,9 @@ class Run:
 class TokenizerTraining:
     """How a VQVAE is trained.
 
-    The loss is ``l1 |x - y| + l2 (x - y)^2`` of the pictures in [-1, 1], plus the mean over scales of
-    ``(f_hat - sg(f))^2 + commitment (sg(f_hat) - f)^2``, f_hat being the latent f as the tokens up to
-    that scale describe it, and sg a barrier to gradients.
+    The loss is ``l1 |x - y| + l2 (x - y)^2`` of the pictures in [-1, 1], plus the mean over scales
+    of ``(f_hat - sg(f))^2 + commitment (sg(f_hat) - f)^2``, f_hat being the latent f as the tokens
+    up to that scale describe it, and sg a barrier to gradients.
 
     Attributes:
       model: shape of the VQVAE.

@@ -18,6 +18,7 @@ import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 from zipfile import BadZipFile
@@ -128,10 +129,7 @@ def _load_packed(path: Path, size: tuple[int, int], crop: bool) -> Pictures:
             f"{path}: labels run from {labels.min()} to {labels.max()}, "
             f"but there are {len(classes)} classes"
         )
-    sources = [
-        io.BytesIO(packed[start:stop].tobytes())
-        for start, stop in zip(offsets[:-1], offsets[1:], strict=True)
-    ]
+    sources = [io.BytesIO(packed[start:stop].tobytes()) for start, stop in pairwise(offsets)]
     names = [f"picture {index} of {path}" for index in range(len(sources))]
     pixels = _decode_all(sources, names, size, crop)
     return Pictures(pixels, labels.astype(np.int32), tuple(str(name) for name in classes))
@@ -183,11 +181,11 @@ class Draw(NamedTuple):
     """Which pictures to take next.
 
     Attributes:
-      index: int64 [n], numbers of the pictures.
+      rows: int64 [n], numbers of the pictures.
       chance: float64 [n] in [0, 1), a number per picture and epoch that decides how it is varied.
     """
 
-    index: np.ndarray
+    rows: np.ndarray
     chance: np.ndarray
 
 

@@ -72,7 +72,10 @@ class Log:
             TimeRemainingColumn(),
         )
         self._bar = self._progress.add_task(
-            name, total=run.steps, completed=step, status="compiling"
+            name,
+            total=run.steps,
+            completed=step,
+            status="compiling" if step < run.steps else "",
         )
 
     def __enter__(self) -> "Log":
@@ -132,7 +135,7 @@ def plot_log(path: Path, picture: Path) -> None:
     if not entries:
         raise AmskvError(f"{path} is missing or empty: nothing to plot")
     try:
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure  # noqa: PLC0415
     except ImportError as error:
         raise AmskvError("plots need matplotlib: pip install 'amskv-jax[plot]'") from error
     names = sorted({name for entry in entries for name in entry} - {"step"})

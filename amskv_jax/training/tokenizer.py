@@ -66,7 +66,7 @@ def train_tokenizer(
     def batches(first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         size = run.batch_size
         draw = draw_pictures(len(pictures), run.seed, first * size, count * size)
-        pixels = pictures.pixels[draw.index]
+        pixels = pictures.pixels[draw.rows]
         mirrored = draw.chance < 0.5
         return pixels.reshape(count, size, *pixels.shape[1:]), mirrored.reshape(count, size)
 
@@ -96,7 +96,7 @@ def unit_range(pixels: jax.Array | np.ndarray) -> jax.Array:
 def train_step(
     config: TokenizerTraining, state: TrainState, batch: tuple[jax.Array, jax.Array]
 ) -> tuple[TrainState, Figures]:
-    """Make one optimiser step on pictures uint8 [B, H, W, 3] of which some are mirrored, bool [B]."""
+    """Make one optimiser step on pictures, uint8 [B, H, W, 3], some of them mirrored, bool [B]."""
     pixels, mirrored = batch
     pictures = unit_range(jnp.where(mirrored[:, None, None, None], pixels[:, :, ::-1], pixels))
     loss = partial(objective, config)
@@ -146,7 +146,7 @@ def objective(
         output = module.decoder(module.post_quant_conv(straight_through))
         return output.astype(jnp.float32), tokens, latent, stages
 
-    module = VQVAE(config.model, config.run.dtype)
+    module: Any = VQVAE(config.model, config.run.dtype)  # Flax's type of `apply` says little
     output, tokens, latent, stages = module.apply({"params": params}, method=forward)
     fixed = lax.stop_gradient
     codebook = jnp.square(stages - fixed(latent)).mean((1, 2, 3, 4))

@@ -1,5 +1,6 @@
 """The tokens of a whole set of pictures, made once, from which a VAR is trained."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.lax import Precision
 from rich.progress import track
 
@@ -42,8 +44,9 @@ class TokenSet:
         return len(self.target)
 
     def save(self, path: Path | str) -> None:
-        """Write an ``.npz`` file."""
-        with Path(path).open("wb") as file:
+        """Write an ``.npz`` file, which is there whole or not at all."""
+        temporary = Path(path).with_suffix(".partial")
+        with temporary.open("wb") as file:
             np.savez(
                 file,
                 target=self.target,
@@ -51,6 +54,7 @@ class TokenSet:
                 labels=self.labels,
                 classes=np.array(self.classes),
             )
+        temporary.replace(path)
 
     @classmethod
     def load(cls, path: Path | str) -> "TokenSet":
@@ -119,6 +123,38 @@ def tokenize(
         tokens = encode(params, pictures.pixels[rows], key, copy % 2 == 1)
         target[copy, rows], history[copy, rows] = tokens
     return TokenSet(target, history, pictures.labels, pictures.classes)
+
+
+def kept_tokens(
+    path: Path,
+    config: VQVAEConfig,
+    params: Any,
+    pictures: Pictures,
+    *,
+    copies: int,
+    noise: float = 0.0,
+) -> TokenSet:
+    """Return what ``tokenize`` makes, from the file at ``path`` if it was made of the same before.
+
+    Beside the file stands another, .key, with a digest of all that the tokens depend on.
+
+    Raises:
+      AmskvError: if the pictures have another size than the model's.
+    """
+    digest = hashlib.sha256(repr((config, copies, noise, pictures.classes)).encode())
+    for name, leaf in sorted(flatten_dict(params, sep="/").items()):
+        digest.update(name.encode())
+        digest.update(np.asarray(leaf).tobytes())
+    digest.update(pictures.pixels.tobytes())
+    digest.update(pictures.labels.tobytes())
+    key = path.with_suffix(".key")
+    if path.exists() and key.exists() and key.read_text() == digest.hexdigest():
+        return TokenSet.load(path)
+    key.unlink(missing_ok=True)  # first, so that it never stands beside other tokens
+    tokens = tokenize(config, params, pictures, copies=copies, noise=noise)
+    tokens.save(path)
+    key.write_text(digest.hexdigest())
+    return tokens
 
 
 def noisy_tokens(

@@ -66,9 +66,9 @@ def train_transformer(
         draw = draw_pictures(len(tokens), run.seed, first * run.batch_size, count * run.batch_size)
         copy = (draw.chance * tokens.copies).astype(int)
         return (
-            tokens.labels[draw.index].reshape(shape),
-            tokens.target[copy, draw.index].reshape(*shape, -1),
-            tokens.history[copy, draw.index].reshape(*shape, -1),
+            tokens.labels[draw.rows].reshape(shape),
+            tokens.target[copy, draw.rows].reshape(*shape, -1),
+            tokens.history[copy, draw.rows].reshape(*shape, -1),
         )
 
     def step(state: TrainState, batch: tuple[jax.Array, ...]) -> tuple[TrainState, Figures]:
@@ -135,7 +135,8 @@ def objective(
     features = MultiScaleQuantizer(config.tokenizer).apply(
         quantizer, history, method="teacher_inputs"
     )
-    logits = VAR(config.model, config.run.dtype).apply({"params": params}, labels, features)
+    model: Any = VAR(config.model, config.run.dtype)  # Flax's type of `apply` says little
+    logits = model.apply({"params": params}, labels, features)
     entropy = optax.softmax_cross_entropy_with_integer_labels(logits, target).mean(0)
     correct = (logits.argmax(-1) == target).mean(0)
 

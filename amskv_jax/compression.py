@@ -1,0 +1,139 @@
+"""Weights in few bytes: 8-bit integers with a scale per output channel, half precision, float32.
+
+What is how exact follows from what the parameter does:
+
+- kernels of linear layers and large embeddings, nearly all bytes of a transformer: 8-bit integers.
+  Every output channel (last axis; stacked layers have channels of their own) has a scale, so that
+  weight = integer * scale with an error of half a scale at most;
+- other large parameters, the convolutions of a tokenizer: float16, to 11 significant bits;
+- whatever is small, and what turns one token into another (codebook, phi, attention temperatures):
+  float32, exactly.
+
+The integers lie under the parameter's own path, the scales beside them under path + ":scale".
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from amskv_jax.errors import AmskvError
+
+EXACT = {"quantizer", "log_temperature"}
+"""Names in the paths of parameters that stay float32 whatever their size."""
+SMALL = 2**15
+"""Parameters with fewer values than this stay float32."""
+SCALE = ":scale"
+LARGEST = 127
+DESCRIPTION = "amskv_jax"
+"""Key of the description among a file's metadata."""
+
+
+def compress(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Return parameters in fewer bytes.
+
+    Args:
+      params: a tree of NumPy or JAX arrays, float32 or bfloat16.
+
+    Returns:
+      Path -> int8, float16 or float32 array; path + ":scale" -> float32 [..., 1, channels].
+
+    Raises:
+      AmskvError: if a weight is not finite, or too large for float16.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    for path, leaf in flatten_dict(params, sep="/").items():
+        weights = np.asarray(leaf, np.float32)
+        if not np.isfinite(weights).all():
+            raise AmskvError(f"the weights {path} are not all finite: train or convert them again")
+        if EXACT & set(path.split("/")) or weights.size < SMALL:
+            arrays[path] = weights
+        elif weights.ndim in (2, 3):
+            scale = np.abs(weights).max(-2, keepdims=True) / np.float32(LARGEST)
+            scale[scale == 0] = 1
+            arrays[path] = np.rint(weights / scale).astype(np.int8)
+            arrays[path + SCALE] = scale
+        elif np.abs(weights).max() > np.finfo(np.float16).max:
+            raise AmskvError(f"the weights {path} are too large for float16")
+        else:
+            arrays[path] = weights.astype(np.float16)
+    return arrays
+
+
+def decompress(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Return the tree of float32 weights that ``compress`` was given, up to rounding.
+
+    Raises:
+      AmskvError: if scales are missing.
+    """
+    weights = {}
+    for path, array in arrays.items():
+        if path.endswith(SCALE):
+            continue
+        weights[path] = array.astype(np.float32)
+        if array.dtype == np.int8:
+            if path + SCALE not in arrays:
+                raise AmskvError(f"the scales of {path} are missing")
+            weights[path] *= arrays[path + SCALE]
+    return unflatten_dict(weights, sep="/")
+
+
+def write_compressed(path: Path, arrays: Mapping[str, np.ndarray], description: str) -> None:
+    """Write a .safetensors file, which is there whole or not at all.
+
+    Args:
+      path: the file; one that exists is replaced.
+      arrays: what ``compress`` returned.
+      description: any text that says what the weights are.
+
+    Raises:
+      AmskvError: if the file cannot be written.
+    """
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        # Not `save_file`: it makes files which only their owner may read.
+        temporary.write_bytes(save(contiguous, {DESCRIPTION: description}))
+        temporary.replace(path)
+    except OSError as error:
+        raise AmskvError(f"cannot write {path}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_description(path: Path) -> str:
+    """Return the description in a file of ``write_compressed``.
+
+    Raises:
+      AmskvError: if it cannot be read, or is another file.
+    """
+    try:
+        with safe_open(path, "numpy") as file:
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise AmskvError(f"{path} is not a checkpoint, or damaged: {error}") from error
+    if DESCRIPTION not in metadata:
+        raise AmskvError(
+            f"{path} is not a packed checkpoint of this package. "
+            "Weights of the PyTorch reference are to be converted first"
+        )
+    return str(metadata[DESCRIPTION])
+
+
+def read_compressed(path: Path) -> dict[str, Any]:
+    """Return the float32 weights in a file of ``write_compressed``.
+
+    Raises:
+      AmskvError: if it cannot be read, or is damaged.
+    """
+    try:
+        with safe_open(path, "numpy") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise AmskvError(f"the weights in {path} cannot be read: {error}") from error
+    return decompress(arrays)

@@ -1,0 +1,194 @@
+"""Every registered policy on every kind of tiny model, in both types, with three budgets."""
+
+from functools import cache, lru_cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from recording import Recorder, check_obeyed, layer_records
+
+from amskv_jax.cache import CacheLayout
+from amskv_jax.configs import ModelConfig
+from amskv_jax.generate import Sampler, picture_keys
+from amskv_jax.initialize import random_params
+from amskv_jax.memory import CacheGeometry, MemoryReport
+from amskv_jax.models.config import VARConfig, VQVAEConfig
+from amskv_jax.policies import AMSKV, H2O, REGISTRY, Explicit, Full, Heads, ScaleKV, Sink, Window
+from amskv_jax.sampling import TokenSampling
+from amskv_jax.schedule import ScaleSchedule
+from amskv_jax.stats import LayerStats
+
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
+SCHEDULE = ScaleSchedule.square((1, 2, 3, 4))
+EVERYTHING = 14  # tokens that the last step can find in the cache
+SHAPE = (2, 32, 2, SCHEDULE, 5, 32, 8)
+MODELS = {
+    "l2norm": VARConfig(*SHAPE),
+    "without l2norm": VARConfig(*SHAPE, attn_l2_norm=False),
+    "shared aln": VARConfig(*SHAPE, shared_aln=True),
+}
+TOKENIZER = VQVAEConfig(SCHEDULE, 32, 8, 32, (1, 1), 1)
+BUDGETS = ("small", "middle", "everything")
+DTYPES = {"float32": 1e-5, "bfloat16": 0.02}
+LABELS = jnp.array([0, 3])
+KEYS = picture_keys(jax.random.key(0), 2)
+
+
+def explicit(path):
+    """Policies of plan files: parts of scales, whole scales, everything."""
+    files = {
+        "small": [[[], [], [[1, 1, 3]], [[1, 1, 2], [2, 5, 9]]], [[], [0], [0], [0]]],
+        "middle": [[[], [0], [0, 1], [0, [2, 1, 7]]], [[], [], [1], [1]]],
+        "everything": [[[], [0], [0, 1], [0, 1, 2]]] * 2,
+    }
+    for budget, keep in files.items():
+        (path / budget).write_text(f'{{"keep": {keep}}}')
+    return [Explicit(str(path / budget)) for budget in BUDGETS]
+
+
+# Similarities of keys of unit length are about minus the root of two; others are lower.
+ONLINE = {"online": True, "condensed": 1, "theta": -1.4}
+CASES = {
+    "full": [Full()] * 3,
+    "ams": [AMSKV(1, 5, 1), AMSKV(5, 10, 1, demanding_layers=(1,)), AMSKV(14, 14)],
+    "ams online": [AMSKV(1, 5, **ONLINE), AMSKV(5, 10, **ONLINE), AMSKV(14, 14, **ONLINE)],
+    "window": [Window(3), Window(9), Window(14)],
+    "sink": [Sink(1, 2), Sink(3, 6), Sink(5, 9)],
+    "h2o": [H2O(3), H2O(9), H2O(14)],
+    "scalekv": [ScaleKV(3), ScaleKV(9), ScaleKV(14)],
+    "heads": [Heads(4, protected=1), Heads(9, protected=1), Heads(14)],
+    "explicit": explicit,
+}
+
+
+@lru_cache
+def stats():
+    """Made-up statistics in which heads differ."""
+    random = np.random.default_rng(0)
+    density = np.tril(random.random((2, 2, 4, 4)))
+    density /= density.sum(-1, keepdims=True)
+    history = np.sort(random.random((2, 4, 5)), axis=-1)
+    numbers = -random.random((2, 4))
+    return LayerStats(SCHEDULE, numbers, numbers, density, history)
+
+
+@cache
+def params(model, dtype):
+    config = ModelConfig(model, "", MODELS[model], TOKENIZER)
+    return random_params(config, seed=1, dtype=dtype)
+
+
+@pytest.fixture(scope="module")
+def policies(tmp_path_factory):
+    """The policies by name, for the three budgets."""
+    made = CASES | {"explicit": explicit(tmp_path_factory.mktemp("plans"))}
+    return {name: dict(zip(BUDGETS, cases, strict=True)) for name, cases in made.items()}
+
+
+def make_sampler(plan, model, dtype, **options):
+    return Sampler(
+        MODELS[model],
+        TOKENIZER,
+        plan,
+        TokenSampling(top_k=1),
+        dtype,
+        decode=False,
+        trace=True,
+        **options,
+    )
+
+
+@cache
+def draw(plan, model, dtype):
+    """Draw two pictures step by step, which shares all compiled steps; equal plans only once."""
+    observe = Recorder(MODELS[model].attention_scale)
+    sampler = make_sampler(plan, model, dtype, observe=observe)
+    with jax.disable_jit():
+        return sampler(params(model, dtype), LABELS, KEYS, 1.5)
+
+
+def test_all_policies_are_in_the_matrix():
+    assert REGISTRY.keys() <= CASES.keys()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("name", CASES)
+def test_every_policy_obeys_its_plan_in_the_announced_bytes(name, model, budget, dtype, policies):
+    config = MODELS[model]
+    plan = policies[name][budget].plan(SCHEDULE, config.depth, stats())
+    samples = draw(plan, model, dtype)
+    assert samples.tokens.shape == (2, SCHEDULE.total)
+    assert np.isfinite(samples.logits).all()
+    assert np.isfinite(samples.latents).all()
+    check_obeyed(plan, layer_records(samples.observed), config.attention_scale, DTYPES[dtype])
+
+    caches = CacheLayout.of(plan).init(4, config.num_heads, config.head_dim, dtype)
+    geometry = CacheGeometry.of(config.num_heads, config.head_dim, 2, dtype)
+    # The online variant also has a few flags per layer.
+    buffers = [leaf for leaf in jax.tree.leaves(caches) if leaf.dtype != bool]
+    assert sum(leaf.nbytes for leaf in buffers) == MemoryReport.of(plan, geometry).plan
+
+    full = draw(Full().plan(SCHEDULE, config.depth), model, dtype)
+    if name == "full" or budget == "everything":
+        if dtype == "float32":
+            np.testing.assert_array_equal(samples.tokens, full.tokens)
+            np.testing.assert_allclose(samples.logits, full.logits, atol=1e-4)
+    else:
+        assert (np.asarray(samples.logits) != np.asarray(full.logits)).any()
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=list(CASES))
+def test_every_policy_compiles_once_and_gives_the_same(number, policies):
+    name, model = list(CASES)[number], list(MODELS)[number % len(MODELS)]
+    weights = params(model, "float32")
+
+    def sampler():
+        plan = policies[name]["middle"].plan(SCHEDULE, MODELS[model].depth, stats())
+        return make_sampler(plan, model, "float32")
+
+    compiled = Sampler.__call__._cache_size()
+    samples = sampler()(weights, LABELS, KEYS, 1.5)
+    expected = draw(sampler().plan, model, "float32")
+    np.testing.assert_allclose(samples.logits, expected.logits, atol=1e-4)
+    np.testing.assert_array_equal(samples.tokens, expected.tokens)
+    other = sampler()(weights, LABELS[::-1], KEYS[::-1], 3.0)
+    assert (np.asarray(other.tokens) != np.asarray(samples.tokens)).any()
+    assert Sampler.__call__._cache_size() == compiled + 1
+
+
+@pytest.fixture(scope="module")
+def many_layers():
+    """A model whose cache needs far more memory than all the rest; and how to measure it."""
+    schedule = ScaleSchedule.square((1, 2, 3, 4, 5, 6))
+    config = VARConfig(24, 32, 2, schedule, 5, 32, 8)
+    tokenizer = VQVAEConfig(schedule, 32, 8, 32, (1, 1), 1)
+    geometry = CacheGeometry.of(2, 16, 8, "float32")
+    shapes = jax.eval_shape(lambda: random_params(ModelConfig("", "", config, tokenizer)))
+
+    def measure(policy):
+        plan = policy.plan(schedule, config.depth)
+        sampler = Sampler(config, tokenizer, plan, TokenSampling(top_k=1), decode=False)
+        keys = jax.eval_shape(lambda: picture_keys(jax.random.key(0), 8))
+        lowered = Sampler.__call__.lower(sampler, shapes, jnp.zeros(8, int), keys, 1.5)
+        memory = lowered.compile().memory_analysis()
+        return MemoryReport.of(plan, geometry).plan, memory.temp_size_in_bytes
+
+    announced, needed = measure(Full())
+    assert announced > 0.7 * needed, "all layers' buffers are there once, and updated in place"
+    return measure, announced, needed
+
+
+@pytest.mark.parametrize(
+    "policy", [H2O(9), ScaleKV(9), Window(9)], ids=["h2o", "scalekv", "window"]
+)
+def test_compiled_programs_need_less_memory_by_what_is_announced(policy, many_layers):
+    measure, full_announced, full_needed = many_layers
+    announced, needed = measure(policy)
+    saved = full_announced - announced
+    assert saved > full_announced / 2
+    # Attention to fewer keys needs a little less by itself.
+    assert 0.95 * saved < full_needed - needed < 1.15 * saved
