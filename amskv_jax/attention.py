@@ -12,8 +12,9 @@ from amskv_jax.errors import UsageError
 
 Implementation = Literal["auto", "cudnn", "xla"]
 
-LOGITS_BYTES = 2**30
-"""Most bytes of float32 logits the XLA back end holds at once; beyond, queries come in chunks."""
+LOGITS_BYTES, CPU_LOGITS_BYTES = 2**30, 2**22
+"""Most bytes of float32 logits the XLA back end holds at once; more are computed in turn. On CPUs,
+logits that stay in their caches are three times as fast."""
 
 
 def choose_implementation(
@@ -65,16 +66,20 @@ def attend(
     """
     if choose_implementation(implementation, query.dtype, query.shape[-1]) == "cudnn":
         return jax.nn.dot_product_attention(query, key, value, scale=scale, implementation="cudnn")
-    rows, length, heads, _ = query.shape
-    chunks = -(-rows * heads * length * key.shape[1] * 4 // LOGITS_BYTES)
-    if chunks <= 1:
+    bound = CPU_LOGITS_BYTES if jax.default_backend() == "cpu" else LOGITS_BYTES
+    queries = bound // (query.shape[2] * key.shape[1] * 4)
+    if queries >= query.shape[0] * query.shape[1]:
         return _exact(query, key, value, scale)
-    chunk = -(-length // min(chunks, length))
-    chunks = -(-length // chunk)
-    padded = jnp.pad(query, ((0, 0), (0, chunks * chunk - length), (0, 0), (0, 0)))
-    parts = jnp.moveaxis(padded.reshape(rows, chunks, chunk, heads, -1), 1, 0)
-    output = lax.map(lambda part: _exact(part, key, value, scale), parts)
-    return jnp.moveaxis(output, 0, 1).reshape(rows, chunks * chunk, heads, -1)[:, :length]
+
+    def attend_row(qkv: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        query, key, value = qkv
+        if queries >= len(query):
+            return _exact(query, key, value, scale)
+        return lax.map(
+            lambda own: _exact(own[None], key, value, scale)[0], query, batch_size=max(queries, 1)
+        )
+
+    return lax.map(attend_row, (query, key, value), batch_size=max(queries // query.shape[1], 1))
 
 
 def attend_block_causal(
@@ -114,8 +119,14 @@ def attend_block_causal(
 
 def _exact(query: jax.Array, key: jax.Array, value: jax.Array, scale: float) -> jax.Array:
     precision = lax.Precision.HIGHEST if query.dtype == jnp.float32 else None
+    query, key, value = (jnp.swapaxes(x, -2, -3) for x in (query, key, value))
     logits = jnp.einsum(
-        "btnh,bsnh->bnts", query, key, precision=precision, preferred_element_type=jnp.float32
+        "...td,...sd->...ts",
+        query,
+        key,
+        precision=precision,
+        preferred_element_type=jnp.float32,
     )
     weights = jax.nn.softmax(scale * logits, axis=-1).astype(value.dtype)
-    return jnp.einsum("bnts,bsnh->btnh", weights, value, precision=precision)
+    output = jnp.einsum("...ts,...sd->...td", weights, value, precision=precision)
+    return jnp.swapaxes(output, -2, -3)

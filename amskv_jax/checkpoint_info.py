@@ -12,6 +12,9 @@ from amskv_jax.schedule import ScaleSchedule
 FORMAT = "amskv-jax checkpoint"
 VERSION = 1
 
+GUIDANCE = 1.5
+"""Strength of classifier-free guidance with which VAR's authors draw: what suits most models."""
+
 PartConfig = VARConfig | VQVAEConfig
 KINDS: dict[str, dict[str, type[PartConfig]]] = {
     "var": {"transformer": VARConfig, "tokenizer": VQVAEConfig}
@@ -29,6 +32,7 @@ class CheckpointInfo:
       dtype: "float32" or "bfloat16", how the weights are stored.
       fingerprint: see ``checkpoint.fingerprint``.
       classes: names of the classes of a class-conditional model; none if they are not known.
+      guidance: strength of classifier-free guidance that suits the model.
     """
 
     kind: str
@@ -36,6 +40,7 @@ class CheckpointInfo:
     dtype: str
     fingerprint: str
     classes: tuple[str, ...] = ()
+    guidance: float = GUIDANCE
 
 
 def check_configs(configs: Mapping[str, PartConfig]) -> None:
@@ -115,7 +120,9 @@ def info_from_json(text: str, source: str) -> CheckpointInfo:
             configs,
             content["dtype"],
             content["fingerprint"],
-            tuple(content.get("classes", ())),  # checkpoints of earlier versions name no classes
+            # Checkpoints of earlier versions say neither.
+            tuple(content.get("classes", ())),
+            float(content.get("guidance", GUIDANCE)),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise AmskvError(f"{source} is damaged: {error!r}") from error

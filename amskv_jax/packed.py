@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict
 
 from amskv_jax.checkpoint import check_shapes, fingerprint, read_info, read_params
 from amskv_jax.checkpoint_info import (
+    GUIDANCE,
     CheckpointInfo,
     PartConfig,
     check_classes,
@@ -30,8 +31,11 @@ def pack_model(
     configs: Mapping[str, PartConfig],
     params: Mapping[str, Any],
     classes: Sequence[str] = (),
+    guidance: float = GUIDANCE,
 ) -> CheckpointInfo:
     """Write a packed checkpoint; arguments are those of ``checkpoint.save_checkpoint``.
+
+    ``guidance`` is the strength of guidance that suits the model.
 
     Returns:
       What the file says about itself. Its weights are float32 and not quite those that were given,
@@ -52,12 +56,20 @@ def pack_model(
     check_shapes(configs, shapes, "the parameter tree")
     arrays = compress(params)
     found = fingerprint(decompress(arrays))
-    info = CheckpointInfo(kind, dict(configs), "float32", found, tuple(classes))
+    info = CheckpointInfo(kind, dict(configs), "float32", found, tuple(classes), guidance)
     write_compressed(path, arrays, info_to_json(info))
     return info
 
 
-def pack_checkpoint(source: str | os.PathLike[str], path: str | os.PathLike[str]) -> CheckpointInfo:
-    """Write a checkpoint folder as a packed checkpoint; see ``pack_model``."""
+def pack_checkpoint(
+    source: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    guidance: float | None = None,
+) -> CheckpointInfo:
+    """Write a checkpoint folder as a packed checkpoint; see ``pack_model``.
+
+    Without ``guidance``, it stays what the folder says.
+    """
     info = read_info(source)
-    return pack_model(path, info.configs, read_params(source, info), info.classes)
+    strength = info.guidance if guidance is None else guidance
+    return pack_model(path, info.configs, read_params(source, info), info.classes, strength)

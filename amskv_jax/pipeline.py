@@ -9,7 +9,8 @@ import jax
 import numpy as np
 
 from amskv_jax.attention import Implementation
-from amskv_jax.checkpoint import CheckpointInfo, load_checkpoint
+from amskv_jax.checkpoint import load_checkpoint
+from amskv_jax.checkpoint_info import GUIDANCE, CheckpointInfo
 from amskv_jax.embedded import find_checkpoint
 from amskv_jax.errors import AmskvError, UsageError
 from amskv_jax.generate import Sampler, Samples, picture_keys
@@ -18,8 +19,8 @@ from amskv_jax.policies import Full, Policy
 from amskv_jax.sampling import TokenSampling
 from amskv_jax.stats import LayerStats
 
-CFG, TOP_K, TOP_P = 1.5, 900, 0.96
-"""Guidance, top-k and top-p unless given: those with which VAR's authors show pictures."""
+TOP_K, TOP_P = 900, 0.96
+"""Top-k and top-p unless given: those with which VAR's authors show pictures."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +34,7 @@ class Pipeline:
       dtype: "float32" or "bfloat16", of weights, matrix products and cache.
       fingerprint: of the weights, see ``checkpoint.fingerprint``.
       classes: names of the classes; none if they are not known.
+      guidance: strength of classifier-free guidance that suits the model.
     """
 
     transformer: VARConfig
@@ -41,6 +43,7 @@ class Pipeline:
     dtype: str
     fingerprint: str = ""
     classes: tuple[str, ...] = ()
+    guidance: float = GUIDANCE
 
     def sampler(
         self,
@@ -70,7 +73,7 @@ class Pipeline:
         *,
         key: jax.Array,
         policy: Policy = Full(),  # noqa: B008 (frozen)
-        cfg: float = CFG,
+        cfg: float | None = None,
         top_k: int = TOP_K,
         top_p: float = TOP_P,
         more_smooth: bool = False,
@@ -86,7 +89,8 @@ class Pipeline:
           labels: class indices, [B].
           key: PRNG key, ``jax.random.key(seed)``.
           policy: what the cache keeps.
-          cfg: strength of classifier-free guidance at the last scale.
+          cfg: strength of classifier-free guidance at the last scale; what suits the model if not
+            given.
           top_k: keep the k largest logits; 0 keeps all, 1 is greedy.
           top_p: after top-k, drop the least likely tokens up to 1 - top_p in total; 0 keeps all.
           more_smooth: feed back mixtures of codebook entries (smoother; not for evaluation).
@@ -110,7 +114,8 @@ class Pipeline:
             stats=stats,
             attention=attention,
         )
-        return sampler(self.params, classes, picture_keys(key, len(classes)), cfg)
+        strength = self.guidance if cfg is None else cfg
+        return sampler(self.params, classes, picture_keys(key, len(classes)), strength)
 
 
 def load(source: str | os.PathLike[str] | None = None, dtype: str | None = None) -> Pipeline:
@@ -133,6 +138,7 @@ def load(source: str | os.PathLike[str] | None = None, dtype: str | None = None)
         dtype=dtype or checkpoint.info.dtype,
         fingerprint=checkpoint.info.fingerprint,
         classes=checkpoint.info.classes,
+        guidance=checkpoint.info.guidance,
     )
 
 

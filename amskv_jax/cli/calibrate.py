@@ -40,7 +40,7 @@ def calibrate(
         ),
     ] = None,
     seed: SeedOption = 0,
-    cfg: GuidanceOption = 1.5,
+    cfg: GuidanceOption = None,
     top_k: TopKOption = 900,
     top_p: TopPOption = 0.96,
     dtype: Annotated[
@@ -85,7 +85,7 @@ def calibrate(
             pipe.params,
             classes,
             picture_keys(jax.random.key(seed), samples),
-            cfg,
+            pipe.guidance if cfg is None else cfg,
             batch=batch,
             fingerprint=pipe.fingerprint,
             settings={

@@ -61,7 +61,7 @@ def evaluate(
         typer.Option(help="Real pictures: a packed .npz or a folder of class folders."),
     ] = None,
     seed: SeedOption = 0,
-    cfg: GuidanceOption = 1.5,
+    cfg: GuidanceOption = None,
     top_k: TopKOption = 900,
     top_p: TopPOption = 0.96,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures generated at once.")] = 500,
@@ -96,6 +96,7 @@ def evaluate(
         if real is None:
             raise UsageError("the metrics compare with real pictures: give --real")
     model = load(checkpoint, dtype.value if dtype else None)
+    strength = model.guidance if cfg is None else cfg
     with progress("reading") as update:
         judge = None
         if network is not None and real is not None:
@@ -105,7 +106,7 @@ def evaluate(
             update("measuring the real pictures", None)
             judge = Judge.of(network, pictures.pixels)
         records = run(
-            Evaluation(num, seed, cfg, top_k, top_p, shard),
+            Evaluation(num, seed, strength, top_k, top_p, shard),
             model,
             requests,
             judge,

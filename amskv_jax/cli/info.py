@@ -31,6 +31,7 @@ def info(checkpoint: CheckpointOption) -> None:
         "weights": f"{found.dtype}, fingerprint {found.fingerprint}",
         "scales": f"{schedule} ({schedule.total} tokens)",
         "pictures": f"{height} x {width} pixels, {parts[0].num_classes} classes",
+        "guidance": f"{found.guidance:g} suits the model",
     }
     for name, config in found.configs.items():
         count = sum(math.prod(shape) for shape in param_shapes(config).values())

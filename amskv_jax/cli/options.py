@@ -48,7 +48,10 @@ StatsOption = Annotated[
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of the random numbers.")]
 GuidanceOption = Annotated[
-    float, typer.Option("--cfg", help="Guidance strength at the last scale.")
+    float | None,
+    typer.Option(
+        "--cfg", help="Guidance strength at the last scale; what suits the model if not given."
+    ),
 ]
 TopKOption = Annotated[
     int,

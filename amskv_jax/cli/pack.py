@@ -13,6 +13,10 @@ from amskv_jax.cli.options import CheckpointOption
 def pack(
     checkpoint: CheckpointOption,
     out: Annotated[Path, typer.Option(help="The file to write (.safetensors).")],
+    cfg: Annotated[
+        float | None,
+        typer.Option(help="Guidance strength that suits the model; as the checkpoint says."),
+    ] = None,
 ) -> None:
     """Write a checkpoint as one file with 8-bit weights, which is read wherever a folder is.
 
@@ -24,5 +28,5 @@ def pack(
     from amskv_jax.packed import pack_checkpoint  # noqa: PLC0415
 
     with progress("packing"):
-        pack_checkpoint(checkpoint, out)
+        pack_checkpoint(checkpoint, out, cfg)
     print_line(f"wrote {out}, {out.stat().st_size / 1e6:.2f} MB")

@@ -59,7 +59,7 @@ def sample(
     ] = None,
     num_per_label: Annotated[int, typer.Option(min=1, help="Pictures of each class.")] = 1,
     seed: SeedOption = 0,
-    cfg: GuidanceOption = 1.5,
+    cfg: GuidanceOption = None,
     top_k: TopKOption = 900,
     top_p: TopPOption = 0.96,
     more_smooth: Annotated[
@@ -116,6 +116,7 @@ def sample(
     batch = min(batch_size or len(classes), len(classes))
     statistics = LayerStats.load(stats, info.fingerprint) if stats else None
     number_type = dtype.value if dtype else info.dtype
+    strength = info.guidance if cfg is None else cfg
     full = Full()
     if compare and policy == full:
         policy = AMSKV()
@@ -145,7 +146,7 @@ def sample(
     geometry = CacheGeometry.of(transformer.num_heads, transformer.head_dim, batch, number_type)
     panels = {}
     for name, own in samplers.items():
-        tokens, pictures, seconds = _generate(own, params, classes, seed, cfg, batch)
+        tokens, pictures, seconds = _generate(own, params, classes, seed, strength, batch)
         size = byte_size(MemoryReport.of(own.plan, geometry).plan)
         drawn = f"{len(classes)} picture{'s'[: len(classes) > 1]} in {seconds:.2f} s"
         heading = f"{name}: cache of {size}, {drawn}"

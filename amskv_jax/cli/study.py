@@ -61,7 +61,7 @@ def run(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures generated at once.")] = 500,
     compilers: Annotated[int, typer.Option(min=1, help="Programs compiled at a time.")] = 6,
-    cfg: GuidanceOption = 1.5,
+    cfg: GuidanceOption = None,
     top_k: TopKOption = 900,
     top_p: TopPOption = 0.96,
     dtype: Annotated[Dtype, typer.Option(help="Of all cells but those of g.")] = Dtype.BFLOAT16,
@@ -89,7 +89,6 @@ def run(
         use_compilation_cache()
     network = load_classifier(classifier)
     check_picture_count(num, network.dimension)
-    conditions = Conditions(num, cfg, top_k, top_p, dtype.value, calibration)
     extent = Extent(
         sections=sections.replace(",", ""),
         seeds=parse_numbers(seeds, "--seeds"),
@@ -100,6 +99,8 @@ def run(
         attention=attention.value,
     )
     model = load(checkpoint, dtype.value)
+    strength = model.guidance if cfg is None else cfg
+    conditions = Conditions(num, strength, top_k, top_p, dtype.value, calibration)
     size, classes = model.tokenizer.picture_size, model.transformer.num_classes
     if network.config.num_classes != classes:
         raise AmskvError(

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from amskv_jax.attention import Implementation
+from amskv_jax.checkpoint_info import GUIDANCE
 from amskv_jax.errors import UsageError
 from amskv_jax.evaluation.budgets import PolicyRequest, memory_report
 from amskv_jax.evaluation.calibration import load_or_calibrate
@@ -22,7 +23,7 @@ from amskv_jax.evaluation.measures import Judge
 from amskv_jax.evaluation.metrics import check_picture_count, psnr, ssim
 from amskv_jax.evaluation.results import Record, Results, read_arrays, write_arrays
 from amskv_jax.generate import Sampler
-from amskv_jax.pipeline import CFG, TOP_K, TOP_P, Pipeline
+from amskv_jax.pipeline import TOP_K, TOP_P, Pipeline
 from amskv_jax.plan import RetentionPlan
 from amskv_jax.sampling import TokenSampling
 from amskv_jax.stats import LayerStats
@@ -48,7 +49,7 @@ class Evaluation:
 
     num: int = 10_000
     seed: int = 0
-    cfg: float = CFG
+    cfg: float = GUIDANCE
     top_k: int = TOP_K
     top_p: float = TOP_P
     shard: int = 1000

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from amskv_jax.attention import Implementation
+from amskv_jax.checkpoint_info import GUIDANCE
 from amskv_jax.errors import AmskvError
 from amskv_jax.evaluation.budgets import memory_report
 from amskv_jax.evaluation.calibration import load_or_calibrate
@@ -24,7 +25,7 @@ from amskv_jax.evaluation.drawing import Drawer, balanced_labels
 from amskv_jax.evaluation.measures import Judge
 from amskv_jax.evaluation.results import Record, Results, read_arrays, write_arrays
 from amskv_jax.generate import Sampler
-from amskv_jax.pipeline import CFG, TOP_K, TOP_P, Pipeline
+from amskv_jax.pipeline import TOP_K, TOP_P, Pipeline
 from amskv_jax.plan import RetentionPlan
 from amskv_jax.sampling import TokenSampling
 from amskv_jax.stats import LayerStats
@@ -45,7 +46,7 @@ class Conditions:
     """
 
     num: int = 10_000
-    cfg: float = CFG
+    cfg: float = GUIDANCE
     top_k: int = TOP_K
     top_p: float = TOP_P
     dtype: str = "bfloat16"
