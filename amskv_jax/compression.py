@@ -12,7 +12,6 @@ What is how exact follows from what the parameter does:
 The integers lie under the parameter's own path, the scales beside them under path + ":scale".
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from amskv_jax.errors import AmskvError
+from amskv_jax.files import replacing
 
 EXACT = {"quantizer", "log_temperature"}
 """Names in the paths of parameters that stay float32 whatever their size."""
@@ -95,15 +95,9 @@ def write_compressed(path: Path, arrays: Mapping[str, np.ndarray], description: 
       AmskvError: if the file cannot be written.
     """
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         # Not `save_file`: it makes files which only their owner may read.
         temporary.write_bytes(save(contiguous, {DESCRIPTION: description}))
-        temporary.replace(path)
-    except OSError as error:
-        raise AmskvError(f"cannot write {path}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_description(path: Path) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from amskv_jax.errors import AmskvError, UsageError
+from amskv_jax.files import replacing
 from amskv_jax.schedule import ScaleSchedule
 
 FORMAT = "amskv_jax.layer_stats"
@@ -146,7 +147,6 @@ class LayerStats:
         Raises:
           AmskvError: if it cannot be written.
         """
-        path = Path(path)
         meta = {
             "schedule": self.schedule.grids,
             "top_counts": self.top_counts,
@@ -155,17 +155,10 @@ class LayerStats:
             "settings": dict(self.settings),
         }
         arrays = {name: getattr(self, name) for name in _ARRAYS}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("wb") as file:
-                np.savez_compressed(
-                    file, format=FORMAT, version=VERSION, meta=json.dumps(meta), **arrays
-                )
-            temporary.replace(path)
-        except OSError as error:
-            raise AmskvError(f"cannot write {path}: {error}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(Path(path)) as temporary, temporary.open("wb") as file:
+            np.savez_compressed(
+                file, format=FORMAT, version=VERSION, meta=json.dumps(meta), **arrays
+            )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], fingerprint: str | None = None) -> "LayerStats":

@@ -24,15 +24,15 @@ CONFIG = ModelConfig(
 TOKENIZER_TRAINING = TokenizerTraining(
     model=CONFIG.tokenizer,
     optimization=Optimization(learning_rate=1e-3, warmup_steps=200, weight_decay=1e-4),
-    run=Run(steps=4000, batch_size=256),
-    reseed_until=2400,
+    run=Run(steps=3600, batch_size=256),
+    reseed_until=2100,
 )
 
 TRANSFORMER_TRAINING = TransformerTraining(
     model=CONFIG.transformer,
     tokenizer=CONFIG.tokenizer,
-    optimization=Optimization(learning_rate=1e-3, warmup_steps=500),
-    run=Run(steps=8000, batch_size=256),
-    copies=8,
+    optimization=Optimization(learning_rate=1e-3, warmup_steps=300),
+    run=Run(steps=2460, batch_size=256),
+    copies=4,
     token_noise=0.1,
 )

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import typer
 
+from amskv_jax import embedded
 from amskv_jax.cli import app
+from amskv_jax.packed import pack_checkpoint
 from amskv_jax.policies import REGISTRY
 
 ROOT = Path(__file__).parent.parent
@@ -35,7 +37,10 @@ def test_commands_exist_and_take_their_options(words):
 
 
 def test_python_runs(checkpoint, tmp_path, monkeypatch, capsys):
-    (tmp_path / "tiny").symlink_to(checkpoint)
+    """With a small model in place of those that the README names."""
+    (tmp_path / "var-d30").symlink_to(checkpoint)
+    pack_checkpoint(checkpoint, tmp_path / "var_cifar10.safetensors")
+    monkeypatch.setattr(embedded, "WEIGHTS", tmp_path)
     monkeypatch.chdir(tmp_path)
     names = {}
     for block in blocks("python"):

@@ -7,8 +7,9 @@ from typing import Annotated
 import typer
 
 from amskv_jax.cli.console import print_line, progress
-from amskv_jax.cli.files import check_outputs, replacing
+from amskv_jax.cli.files import check_outputs
 from amskv_jax.cli.options import ForceOption, parse_numbers
+from amskv_jax.files import replacing
 
 
 def analyze(

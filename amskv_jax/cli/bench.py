@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from amskv_jax.cli.console import make_console, print_line, progress
-from amskv_jax.cli.files import check_outputs, check_suffix, replacing
+from amskv_jax.cli.files import check_outputs, check_suffix
 from amskv_jax.cli.options import Attention, Dtype, ForceOption, StatsOption
 from amskv_jax.cli.policy import make_policy
 from amskv_jax.errors import UsageError
+from amskv_jax.files import replacing
 
 if TYPE_CHECKING:
     from amskv_jax.policies import Policy

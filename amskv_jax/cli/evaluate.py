@@ -9,7 +9,6 @@ import typer
 
 from amskv_jax.cli.compilation_cache import use_compilation_cache
 from amskv_jax.cli.console import make_console, print_line, progress
-from amskv_jax.cli.files import replacing
 from amskv_jax.cli.options import (
     Attention,
     CheckpointOption,
@@ -22,6 +21,7 @@ from amskv_jax.cli.options import (
     TopPOption,
 )
 from amskv_jax.errors import AmskvError, UsageError
+from amskv_jax.files import replacing
 
 if TYPE_CHECKING:
     from amskv_jax.evaluation.features import FeatureNetwork

@@ -1,8 +1,5 @@
-"""Output files: nothing is overwritten unasked, nothing is left half-written."""
+"""Output files of commands: nothing is overwritten unasked."""
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from amskv_jax.errors import AmskvError, UsageError
@@ -39,20 +36,3 @@ def free_name(path: Path) -> Path:
     while free.exists():
         free, number = path.with_stem(f"{path.stem}-{number}"), number + 1
     return free
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name in the same folder, which becomes ``path`` when all went well.
-
-    Raises:
-      AmskvError: if it cannot be written.
-    """
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    except OSError as error:
-        raise AmskvError(f"cannot write {path}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

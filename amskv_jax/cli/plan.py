@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from amskv_jax.cli.console import print_line, progress
-from amskv_jax.cli.files import check_outputs, check_suffix, replacing
+from amskv_jax.cli.files import check_outputs, check_suffix
 from amskv_jax.cli.options import Dtype, ForceOption, StatsOption
 from amskv_jax.cli.policy import WithinBytes, plan_for, takes_policy
 from amskv_jax.errors import UsageError
+from amskv_jax.files import replacing
 
 if TYPE_CHECKING:
     from amskv_jax.models.config import VARConfig

@@ -8,7 +8,7 @@ import typer
 
 from amskv_jax.cli.compilation_cache import use_compilation_cache
 from amskv_jax.cli.console import print_line, progress
-from amskv_jax.cli.files import check_outputs, check_suffix, free_name, replacing
+from amskv_jax.cli.files import check_outputs, check_suffix, free_name
 from amskv_jax.cli.memory import explaining_memory
 from amskv_jax.cli.options import (
     Attention,
@@ -24,6 +24,7 @@ from amskv_jax.cli.options import (
 )
 from amskv_jax.cli.policy import WithinBytes, plan_for, takes_policy
 from amskv_jax.embedded import find_checkpoint
+from amskv_jax.files import replacing
 
 if TYPE_CHECKING:
     import numpy as np

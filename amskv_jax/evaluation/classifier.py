@@ -6,7 +6,6 @@ kept beside the weights, {"params": ..., "batch_stats": ...}, and averaged like 
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from amskv_jax.errors import AmskvError
+from amskv_jax.files import replacing
 from amskv_jax.training.config import Optimization, Run
 from amskv_jax.training.data import Pictures, draw_pictures
 from amskv_jax.training.loop import Figures, Task, fit
@@ -273,14 +273,8 @@ def save_classifier(path: Path | str, config: ClassifierConfig, params: Any) -> 
         for name, value in flatten_dict(params, sep="/").items()
     }
     metadata = {"format": FORMAT, "version": VERSION, "config": json.dumps(asdict(config))}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         temporary.write_bytes(save(tensors, metadata))
-        temporary.replace(path)
-    except OSError as error:
-        raise AmskvError(f"cannot write the classifier {path}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, eq=False)

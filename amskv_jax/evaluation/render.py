@@ -8,8 +8,9 @@ from amskv_jax.describe import byte_size
 from amskv_jax.errors import AmskvError
 from amskv_jax.evaluation.findings import finding, verdict
 from amskv_jax.evaluation.render_pictures import save_pareto_plot, save_sheet
-from amskv_jax.evaluation.results import read_arrays, replacing
+from amskv_jax.evaluation.results import read_arrays
 from amskv_jax.evaluation.summary import ArmResult, Spread, StudyResults
+from amskv_jax.files import replacing
 
 TITLES = {
     "a": (

@@ -3,14 +3,14 @@
 import json
 import os
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from amskv_jax.errors import AmskvError
+from amskv_jax.files import replacing
 
 Record = dict[str, Any]
 """What is known of one cell: its name, its settings and its figures."""
@@ -78,20 +78,3 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
             return {name: content[name] for name in content.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise AmskvError(f"{path} is damaged ({error}): remove it") from error
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name in the same folder, which becomes ``path`` when all went well.
-
-    Raises:
-      AmskvError: if it cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    except OSError as error:
-        raise AmskvError(f"cannot write {path}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -2,8 +2,8 @@
 
 import json
 import math
-import os
 import time
+from collections import deque
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,11 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from amskv_jax.errors import AmskvError, UsageError
+from amskv_jax.files import replacing
 from amskv_jax.training.config import Run
+
+SPEED_CALLS = 10
+"""Calls of steps, among the latest, over which the speed is measured."""
 
 
 def check_settings(path: Path, settings: Any) -> None:
@@ -63,7 +67,7 @@ class Log:
         self._file = path.open("a")
         self._batch_size = run.batch_size
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
-        self._step, self._time = step, time.perf_counter()
+        self._flushed = deque([(step, time.perf_counter())], SPEED_CALLS)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -106,9 +110,10 @@ class Log:
         step, figures = self._pending
         self._pending = None
         means = {name: np.asarray(values).mean(0) for name, values in figures.items()}
-        now = time.perf_counter()
-        speed = (step - self._step) * self._batch_size / (now - self._time)
-        self._step, self._time = step, now
+        # Over several calls, as reading the figures of one may wait for those which run already.
+        self._flushed.append((step, time.perf_counter()))
+        (first, start), (_, end) = self._flushed[0], self._flushed[-1]
+        speed = (step - first) * self._batch_size / (end - start)
         if not np.isfinite(means["loss"]):
             raise AmskvError(
                 f"the loss is not finite in the steps up to {step}: lower the learning rate; "
@@ -163,9 +168,8 @@ def _rounded(value: Any) -> Any:
 
 def _replace(path: Path, text: str) -> None:
     """Write a file such that it is complete or untouched whenever the process dies."""
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(text)
 
 
 def _differences(found: Any, expected: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:

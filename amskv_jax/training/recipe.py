@@ -16,6 +16,7 @@ from amskv_jax import configs
 from amskv_jax.checkpoint import param_shapes
 from amskv_jax.checkpoint_info import config_from_json
 from amskv_jax.errors import AmskvError, UsageError
+from amskv_jax.files import replacing
 from amskv_jax.models.config import VQVAEConfig
 from amskv_jax.training.config import TokenizerTraining, TransformerTraining
 
@@ -62,9 +63,8 @@ def find_recipe(name: str) -> Recipe:
 def save_tokenizer(path: Path, config: VQVAEConfig, params: Any) -> None:
     """Write a VQVAE and its shape as a .safetensors file, which is there whole or not at all."""
     flat = {name: np.asarray(leaf) for name, leaf in flatten_dict(params, sep="/").items()}
-    temporary = path.with_suffix(".partial")
-    temporary.write_bytes(save(flat, {"config": json.dumps(asdict(config))}))
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(save(flat, {"config": json.dumps(asdict(config))}))
 
 
 def load_tokenizer(directory: Path) -> tuple[VQVAEConfig, Any]:

@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict
 from jax.lax import Precision
 from rich.progress import track
 
+from amskv_jax.files import replacing
 from amskv_jax.models.config import VQVAEConfig
 from amskv_jax.models.vqvae import VQVAE
 from amskv_jax.resize import resize
@@ -45,8 +46,7 @@ class TokenSet:
 
     def save(self, path: Path | str) -> None:
         """Write an ``.npz`` file, which is there whole or not at all."""
-        temporary = Path(path).with_suffix(".partial")
-        with temporary.open("wb") as file:
+        with replacing(Path(path)) as temporary, temporary.open("wb") as file:
             np.savez(
                 file,
                 target=self.target,
@@ -54,7 +54,6 @@ class TokenSet:
                 labels=self.labels,
                 classes=np.array(self.classes),
             )
-        temporary.replace(path)
 
     @classmethod
     def load(cls, path: Path | str) -> "TokenSet":
