@@ -129,11 +129,12 @@ class SelectingSlots:
         if not drops and (scores is None or not drops_later):
             return None, scores
         before = None if scores is None else _read(scores, layer, self.counts[step], axis=2)
-        rank, after = self.selector.rank(query, keys, scale, self.grids[step], before)
+        rank, updated = self.selector.rank(query, keys, scale, self.grids[step], before)
         chosen = best(rank, self.counts[step + 1]) if drops else None
-        if scores is not None and after is not None and drops_later:
-            after = after if chosen is None else jnp.take_along_axis(after, chosen, axis=2)
-            scores = _write(scores, layer, 0, after, axis=2)
+        if scores is not None and updated is not None and drops_later:
+            if chosen is not None:
+                updated = jnp.take_along_axis(updated, chosen, axis=2)
+            scores = _write(scores, layer, 0, updated, axis=2)
         return chosen, scores
 
 

@@ -197,7 +197,10 @@ def test_killed_study_loses_the_cell_it_was_at(whole, tmp_path, kill_at):
     )
     paths = os.pathsep.join([str(tests), os.environ.get("PYTHONPATH", "")])
     killed = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths}, check=False
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": paths},
+        cwd=tmp_path,  # not where the package's sources would hide the installed one
+        check=False,
     )
     assert killed.returncode == -signal.SIGKILL
     records = read_results(tmp_path / "results.jsonl")
