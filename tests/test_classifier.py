@@ -16,9 +16,9 @@ from amskv_jax.evaluation.classifier import (
     vary,
 )
 from amskv_jax.evaluation.features import InceptionFeatures
+from amskv_jax.files import read_json_lines
 from amskv_jax.training.config import Optimization, Run
 from amskv_jax.training.data import Pictures
-from amskv_jax.training.log import read_log
 
 CONFIG = ClassifierConfig(3, width=1, blocks=1)
 TRAINING = ClassifierTraining(
@@ -43,7 +43,7 @@ def coloured(count, seed=0):
 def trained(tmp_path_factory):
     directory = tmp_path_factory.mktemp("run")
     return train_classifier(TRAINING, coloured(60), directory, validation=coloured(30, 1)), (
-        read_log(directory / "log.jsonl")
+        read_json_lines(directory / "log.jsonl")
     )
 
 

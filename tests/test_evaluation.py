@@ -14,7 +14,8 @@ from amskv_jax.evaluation.budgets import BUDGETED, PolicyRequest, memory_report,
 from amskv_jax.evaluation.drawing import Drawer, balanced_labels
 from amskv_jax.evaluation.evaluate import Evaluation, evaluate
 from amskv_jax.evaluation.measures import Judge
-from amskv_jax.evaluation.results import Results, read_arrays, read_results
+from amskv_jax.evaluation.results import Results, read_arrays
+from amskv_jax.files import read_json_lines
 from amskv_jax.generate import picture_keys
 from amskv_jax.models.config import VARConfig, VQVAEConfig
 from amskv_jax.pipeline import Pipeline
@@ -116,7 +117,7 @@ def test_records_hold_bytes_and_figures(whole, judge):
     originals = pictures(directory, "full")
     figures = judge.figures(pictures(directory, "window-75%"), labels, originals)
     assert {name: window[name] for name in figures} == figures
-    assert read_results(directory / "results.jsonl") == records
+    assert read_json_lines(directory / "results.jsonl") == records
 
 
 def test_stopped_evaluation_goes_on_with_the_shard_it_was_at(

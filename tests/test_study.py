@@ -17,8 +17,9 @@ from amskv_jax.evaluation.budgets import memory_report
 from amskv_jax.evaluation.cells import SECTIONS, order_cells, study_arms
 from amskv_jax.evaluation.measures import Judge
 from amskv_jax.evaluation.render import render_study
-from amskv_jax.evaluation.results import read_arrays, read_results
+from amskv_jax.evaluation.results import read_arrays
 from amskv_jax.evaluation.study import Conditions, Extent, run_study
+from amskv_jax.files import read_json_lines
 from amskv_jax.pipeline import Pipeline
 
 CONDITIONS = Conditions(num=12, dtype="float32")
@@ -132,7 +133,7 @@ def run(directory, **options):
 
 
 def comparable(directory):
-    records = {r["name"]: r for r in read_results(directory / "results.jsonl")}
+    records = {r["name"]: r for r in read_json_lines(directory / "results.jsonl")}
     return {
         name: {k: v for k, v in record.items() if k not in ("draw_seconds", "same_as")}
         for name, record in records.items()
@@ -160,7 +161,7 @@ def test_every_cell_has_a_result(whole):
     assert {"real/held-out", "full/full/seed0", "full/full/seed1"} <= records.keys()
     cells = [record for record in records.values() if "seed" in record]
     assert sum(line.startswith("[") for line in lines) == len(cells)
-    distinct = [r for r in read_results(directory / "results.jsonl") if "draw_seconds" in r]
+    distinct = [r for r in read_json_lines(directory / "results.jsonl") if "draw_seconds" in r]
     assert drawn == len([r for r in distinct if "same_as" not in r])
     impossible = records["c/ams-90.0%"]["impossible"]
     assert "the smallest" in impossible
@@ -171,7 +172,7 @@ def test_every_cell_has_a_result(whole):
 
 
 def test_equal_plans_are_drawn_once(whole):
-    records = read_results(whole[0] / "results.jsonl")
+    records = read_json_lines(whole[0] / "results.jsonl")
     twins = [record for record in records if "same_as" in record]
     named = {record["name"]: record for record in records}
     assert twins
@@ -203,7 +204,7 @@ def test_killed_study_loses_the_cell_it_was_at(whole, tmp_path, kill_at):
         check=False,
     )
     assert killed.returncode == -signal.SIGKILL
-    records = read_results(tmp_path / "results.jsonl")
+    records = read_json_lines(tmp_path / "results.jsonl")
     finished = len([r for r in records if "draw_seconds" in r and "same_as" not in r])
     assert finished == kill_at
     with (tmp_path / "results.jsonl").open("a") as file:
@@ -230,7 +231,7 @@ def test_lost_originals_are_drawn_again(whole, tmp_path):
 
 def test_only_chosen_cells_run(tmp_path):
     run(tmp_path, extent=Extent(sections="cdg", only="d/window-75%", seeds=(1,), batch=5))
-    names = [r["name"] for r in read_results(tmp_path / "results.jsonl") if "seed" in r]
+    names = [r["name"] for r in read_json_lines(tmp_path / "results.jsonl") if "seed" in r]
     assert names == ["full/full/seed1", "d/window-75%/seed1"]
 
 

@@ -12,8 +12,9 @@ import pytest
 from training_helpers import OPTIMIZATION, RUN, comparable, run_python
 
 from amskv_jax.errors import AmskvError, UsageError
+from amskv_jax.files import read_json_lines
 from amskv_jax.training.config import Optimization, Run
-from amskv_jax.training.log import plot_log, read_log
+from amskv_jax.training.log import plot_log
 from amskv_jax.training.loop import Task, TrainingStoppedError, fit
 from amskv_jax.training.state import (
     TrainState,
@@ -121,7 +122,7 @@ def test_directory_of_another_run_is_refused(tmp_path):
 def test_unfinished_last_line_of_a_log_is_dropped(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"ste')
-    assert [entry["step"] for entry in read_log(path)] == [1, 2]
+    assert [entry["step"] for entry in read_json_lines(path)] == [1, 2]
 
 
 def test_plot(whole_line, tmp_path):

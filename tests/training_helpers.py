@@ -8,11 +8,11 @@ from dataclasses import replace
 import jax
 import numpy as np
 
+from amskv_jax.files import read_json_lines
 from amskv_jax.models.config import VARConfig, VQVAEConfig
 from amskv_jax.schedule import ScaleSchedule
 from amskv_jax.training.config import Optimization, Run, TokenizerTraining, TransformerTraining
 from amskv_jax.training.data import Pictures
-from amskv_jax.training.log import read_log
 
 SCHEDULE = ScaleSchedule.square((1, 2, 4))
 TOKENIZER = VQVAEConfig(
@@ -50,7 +50,7 @@ TRANSFORMER_TRAINING = TransformerTraining(
 
 def comparable(directory):
     """The log without the times."""
-    entries = read_log(directory / "log.jsonl")
+    entries = read_json_lines(directory / "log.jsonl")
     return [{k: v for k, v in entry.items() if k != "images_per_second"} for entry in entries]
 
 

@@ -39,14 +39,10 @@ DEFAULTS: dict[str, Policy] = {
     "heads": Heads(patterns=HEAD_PATTERNS),
 }
 
-ITEMSIZES = {"float32": 4, "bfloat16": 2}
-
 
 def memory_report(plan: RetentionPlan, config: VARConfig, dtype: str = "bfloat16") -> MemoryReport:
     """Return the bytes of a plan's cache for one picture with guidance."""
-    return MemoryReport.of(
-        plan, CacheGeometry(2, config.num_heads, config.head_dim, ITEMSIZES[dtype])
-    )
+    return MemoryReport.of(plan, CacheGeometry.of(config.num_heads, config.head_dim, 1, dtype))
 
 
 def policy_for_saving(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from amskv_jax.errors import AmskvError
-from amskv_jax.files import replacing
+from amskv_jax.files import read_json_lines, replacing
 
 Record = dict[str, Any]
 """What is known of one cell: its name, its settings and its figures."""
@@ -27,7 +27,7 @@ class Results:
     def __init__(self, path: Path) -> None:
         """Read the file; a last line which was not finished is dropped, there and here."""
         self.path = path
-        self.records = {record["name"]: record for record in read_results(path)}
+        self.records = {record["name"]: record for record in read_json_lines(path)}
         if path.exists():
             lines = (json.dumps(record) + "\n" for record in self.records.values())
             with replacing(path) as temporary:
@@ -40,19 +40,6 @@ class Results:
             file.flush()
             os.fsync(file.fileno())
         self.records[record["name"]] = record
-
-
-def read_results(path: Path | str) -> list[Record]:
-    """Return all finished lines of a file of results; none if there is no file."""
-    path = Path(path)
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        records.append(record)
-    return records
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

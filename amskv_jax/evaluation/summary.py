@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from amskv_jax.errors import AmskvError
-from amskv_jax.evaluation.results import Record, read_results
+from amskv_jax.evaluation.results import Record
+from amskv_jax.files import read_json_lines
 
 FIGURES = (
     "frechet_distance",
@@ -90,7 +91,7 @@ class StudyResults:
         Raises:
           AmskvError: if there is no result of the full cache.
         """
-        results = cls(tuple(read_results(directory / "results.jsonl")))
+        results = cls(tuple(read_json_lines(directory / "results.jsonl")))
         if "full" not in results.arms:
             raise AmskvError(
                 f"{directory} holds no result of the full cache: run the study there first"

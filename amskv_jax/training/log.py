@@ -13,7 +13,7 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from amskv_jax.errors import AmskvError, UsageError
-from amskv_jax.files import replacing
+from amskv_jax.files import read_json_lines, replacing
 from amskv_jax.training.config import Run
 
 SPEED_CALLS = 10
@@ -32,7 +32,8 @@ def check_settings(path: Path, settings: Any) -> None:
     """
     expected = json.loads(json.dumps(asdict(settings)))
     if not path.exists():
-        _replace(path, json.dumps(expected, indent=2) + "\n")
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(expected, indent=2) + "\n")
         return
     found = json.loads(path.read_text())
     if found != expected:
@@ -43,17 +44,6 @@ def check_settings(path: Path, settings: Any) -> None:
         )
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a log, without a last one which was not finished."""
-    entries = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return entries
-
-
 class Log:
     """Writes what a run reports; a context manager.
 
@@ -62,8 +52,9 @@ class Log:
 
     def __init__(self, path: Path, name: str, run: Run, step: int) -> None:
         """Open the log of a run that starts after ``step``."""
-        kept = [entry for entry in read_log(path) if entry["step"] <= step]
-        _replace(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+        kept = [entry for entry in read_json_lines(path) if entry["step"] <= step]
+        with replacing(path) as temporary:
+            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
         self._file = path.open("a")
         self._batch_size = run.batch_size
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
@@ -136,7 +127,7 @@ def plot_log(path: Path, picture: Path) -> None:
     Raises:
       AmskvError: if the log is empty or matplotlib is not installed.
     """
-    entries = read_log(path)
+    entries = read_json_lines(path)
     if not entries:
         raise AmskvError(f"{path} is missing or empty: nothing to plot")
     try:
@@ -164,12 +155,6 @@ def _rounded(value: Any) -> Any:
     """Return plain numbers of 7 digits, which tell float32 apart."""
     array = np.asarray(value, np.float64)
     return np.vectorize(lambda number: float(f"{number:.9g}"))(array).tolist()
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file such that it is complete or untouched whenever the process dies."""
-    with replacing(path) as temporary:
-        temporary.write_text(text)
 
 
 def _differences(found: Any, expected: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
