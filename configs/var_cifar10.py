@@ -31,8 +31,8 @@ TOKENIZER_TRAINING = TokenizerTraining(
 TRANSFORMER_TRAINING = TransformerTraining(
     model=CONFIG.transformer,
     tokenizer=CONFIG.tokenizer,
-    optimization=Optimization(learning_rate=1e-3, warmup_steps=300),
-    run=Run(steps=2460, batch_size=256),
-    copies=4,
+    optimization=Optimization(learning_rate=1e-3, warmup_steps=500),
+    run=Run(steps=7000, batch_size=512),
+    copies=8,
     token_noise=0.1,
 )

@@ -205,7 +205,7 @@ class VAR(nn.Module):
             return block(x, modulation, self._block_causal)[0], None
 
         scan = nn.scan(
-            body,
+            nn.remat(body, policy=_is_kept_for_gradients, prevent_cse=False),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             length=self.config.depth,
@@ -219,6 +219,18 @@ class VAR(nn.Module):
         """Attend to the own scale and all earlier ones."""
         ends, scale = self.config.schedule.offsets[1:], self.config.attention_scale
         return attend_block_causal(query, key, value, scale, ends, self.attention), None
+
+
+def _is_kept_for_gradients(primitive: Any, *inputs: Any, **parameters: Any) -> bool:
+    """Return whether a result of the forward pass is kept for the backward pass.
+
+    Kept are products with weights and the output of fused attention. All else, float32 copies of
+    the activations for the most part, is quicker to compute again than to write and read.
+    """
+    product: bool = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(
+        primitive, *inputs, **parameters
+    )
+    return product or "dot_product_attention" in primitive.name
 
 
 class StackedDense(nn.Module):

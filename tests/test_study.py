@@ -4,17 +4,20 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+from reference_weights import recipe_params
 from test_evaluation import LARGE, TOKENIZER, TRANSFORMER, make_stats
 from test_metrics import MeanColour
 
 from amskv_jax.errors import AmskvError, UsageError
-from amskv_jax.evaluation import study as module
+from amskv_jax.evaluation import devices as module
 from amskv_jax.evaluation.budgets import memory_report
 from amskv_jax.evaluation.cells import SECTIONS, order_cells, study_arms
+from amskv_jax.evaluation.drawing import Drawer
 from amskv_jax.evaluation.measures import Judge
 from amskv_jax.evaluation.render import render_study
 from amskv_jax.evaluation.results import read_arrays
@@ -102,14 +105,16 @@ class FakeDrawer:
 
     drawn = 0
     kill_at = -1
+    lock = threading.Lock()
 
     def __init__(self, sampler, params, batch):
         self.slots = sum(row.capacity for row in sampler.plan.rows)
 
     def draw(self, params, seed, first, count, cfg):
-        if FakeDrawer.drawn == FakeDrawer.kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        FakeDrawer.drawn += 1
+        with self.lock:
+            if FakeDrawer.drawn == FakeDrawer.kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            FakeDrawer.drawn += 1
         generator = np.random.default_rng((self.slots, seed))
         return generator.integers(0, 256, (count, 12, 12, 3)).astype(np.uint8)
 
@@ -135,7 +140,7 @@ def run(directory, **options):
 def comparable(directory):
     records = {r["name"]: r for r in read_json_lines(directory / "results.jsonl")}
     return {
-        name: {k: v for k, v in record.items() if k not in ("draw_seconds", "same_as")}
+        name: {k: v for k, v in record.items() if k not in ("draw_seconds", "same_as", "device_id")}
         for name, record in records.items()
     }
 
@@ -189,29 +194,76 @@ def test_samples_hold_a_picture_per_class(whole):
     assert "full|full|seed0" in samples
 
 
-@pytest.mark.parametrize("kill_at", [1, 4])
-def test_killed_study_loses_the_cell_it_was_at(whole, tmp_path, kill_at):
-    tests = Path(__file__).parent
-    code = (
-        "import test_study; "
-        f"test_study.FakeDrawer.kill_at = {kill_at}; test_study.run({str(tmp_path)!r})"
-    )
-    paths = os.pathsep.join([str(tests), os.environ.get("PYTHONPATH", "")])
-    killed = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": paths},
-        cwd=tmp_path,  # not where the package's sources would hide the installed one
+def run_python(code, cwd, *arguments, **environment):
+    """Run code, which may import this file, in a process of its own; return its exit code."""
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": paths, **environment},
+        cwd=cwd,  # not where the package's sources would hide the installed one
         check=False,
-    )
-    assert killed.returncode == -signal.SIGKILL
+    ).returncode
+
+
+TWO_DEVICES = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"}
+
+
+@pytest.mark.parametrize(("kill_at", "devices"), [(1, {}), (4, {}), (5, TWO_DEVICES)])
+def test_killed_study_loses_the_cells_it_was_at(whole, tmp_path, kill_at, devices):
+    code = f"import test_study as t; t.FakeDrawer.kill_at = {kill_at}; t.run({str(tmp_path)!r})"
+    assert run_python(code, tmp_path, **devices) == -signal.SIGKILL
     records = read_json_lines(tmp_path / "results.jsonl")
-    finished = len([r for r in records if "draw_seconds" in r and "same_as" not in r])
-    assert finished == kill_at
+    finished = [r for r in records if "draw_seconds" in r and "same_as" not in r]
+    at_once = 4 if devices else 2
+    assert kill_at - (at_once - 1) <= len(finished) <= kill_at  # one of them was being drawn
     with (tmp_path / "results.jsonl").open("a") as file:
         file.write('{"name": "half')
+    compared = [r for r in finished if r["section"] != "full"]
+    originals = list(tmp_path.glob("originals-*.npz"))  # perhaps not measured, but there
     assert run(tmp_path) == []
-    assert FakeDrawer.drawn == whole[2] - finished
+    assert FakeDrawer.drawn == whole[2] - len(compared) - len(originals)
     assert comparable(tmp_path) == comparable(whole[0])
+
+
+def test_devices_share_the_cells(whole, tmp_path):
+    assert (
+        run_python(f"from test_study import run; run({str(tmp_path)!r})", tmp_path, **TWO_DEVICES)
+        == 0
+    )
+    assert comparable(tmp_path) == comparable(whole[0])
+    records = [r for r in read_json_lines(tmp_path / "results.jsonl") if "seed" in r]
+    assert {record["device_id"] for record in records} == {0, 1}
+    devices = {}
+    for record in records:  # every program draws all its seeds on one device
+        arm = record["name"].rpartition("/")[0]
+        assert (
+            "same_as" in record
+            or devices.setdefault(arm, record["device_id"]) == record["device_id"]
+        )
+
+
+def draw_window(directory):
+    """Run two cells with a model; return their devices."""
+    directory.mkdir(exist_ok=True)
+    make_stats(TRANSFORMER).save(directory / "stats.npz")
+    params = {"transformer": recipe_params(TRANSFORMER), "tokenizer": recipe_params(TOKENIZER)}
+    model = Pipeline(TRANSFORMER, TOKENIZER, params, "float32", "weights")
+    real = np.random.default_rng(0).integers(0, 256, (40, 12, 12, 3)).astype(np.uint8)
+    extent = Extent(sections="d", only="d/window-75%", seeds=(0,), batch=5)
+    judge = Judge.of(MeanColour(), real)
+    assert run_study(CONDITIONS, extent, lambda dtype: model, judge, directory) == []
+    records = {r["name"]: r for r in read_json_lines(directory / "results.jsonl")}
+    return [records[f"{name}/seed0"]["device_id"] for name in ("full/full", "d/window-75%")]
+
+
+@pytest.mark.slow
+def test_pictures_do_not_depend_on_the_device(tmp_path, monkeypatch):
+    code = "import sys; from test_study import *; assert draw_window(Path(sys.argv[1])) == [0, 1]"
+    assert run_python(code, tmp_path, tmp_path / "two", **TWO_DEVICES) == 0
+    monkeypatch.setattr(module, "Drawer", Drawer)
+    assert draw_window(tmp_path / "one") == [0, 0]
+    assert comparable(tmp_path / "one") == comparable(tmp_path / "two")
+    assert comparable(tmp_path / "one")["d/window-75%/seed0"]["ssim"] < 1
 
 
 def test_time_limit_leaves_the_rest(whole, tmp_path):
@@ -247,6 +299,30 @@ def test_cells_that_fail_do_not_stop_the_others(whole, tmp_path, monkeypatch):
         run(tmp_path)
     monkeypatch.undo()
     assert "d/h2o-75%/seed0" in comparable(tmp_path)
+    run(tmp_path)
+    assert comparable(tmp_path) == comparable(whole[0])
+
+
+def test_all_fail_whose_originals_cannot_be_drawn(whole, tmp_path, monkeypatch):
+    class Failing(FakeDrawer):
+        def draw(self, params, seed, first, count, cfg):
+            if FakeDrawer.drawn == 0:
+                FakeDrawer.drawn += 1
+                raise RuntimeError("RESOURCE_EXHAUSTED")
+            return super().draw(params, seed, first, count, cfg)
+
+    monkeypatch.setattr(sys.modules[__name__], "FakeDrawer", Failing)
+    lines = []
+    with pytest.raises(AmskvError, match=r"cells failed:\n  full/full/seed0: RESOURCE_EXHAUSTED"):
+        run(tmp_path, report=lines.append)
+    monkeypatch.undo()
+    names = {name for name in comparable(whole[0]) if "/seed" in name}
+    assert {line.partition(" ")[0] for line in lines if "failed" in line} == {
+        name for name in names if name.endswith("/seed0")
+    }
+    assert {name for name in comparable(tmp_path) if "/seed" in name} == {
+        name for name in names if name.endswith("/seed1")
+    }
     run(tmp_path)
     assert comparable(tmp_path) == comparable(whole[0])
 

@@ -74,6 +74,8 @@ def run(
 ) -> None:
     """Draw and measure all cells which have no result yet, the most important first.
 
+    All local devices draw at the same time, each with programs of its own.
+
     Sections: a: dropped scales; b: uniform or similarity-aware capacities; c: AMS-KV at four
     savings; d: all policies at three savings; e: C_min and C_max; f: theta; g: dtype.
     """

@@ -31,8 +31,10 @@ from amskv_jax.training.tokenizer import unit_range
 
 FORMAT = "amskv_jax.classifier"
 VERSION = "1"
-OPTIMIZATION = Optimization(learning_rate=2e-3, warmup_steps=500, weight_decay=0.1, beta2=0.99)
-RUN = Run(steps=4900, batch_size=512, steps_per_call=98, checkpoint_every=980)
+OPTIMIZATION = Optimization(
+    learning_rate=0.4, warmup_steps=970, method="sgd", weight_decay=5e-4, clip_norm=5.0
+)
+RUN = Run(steps=9700, batch_size=512, steps_per_call=97, checkpoint_every=970)
 MOMENTUM = 0.9
 """Decay of the running moments of batch normalisation."""
 EVALUATED_AT_ONCE = 500

@@ -166,7 +166,9 @@ def _kth_distance(rows: jax.Array, everything: jax.Array, start: int, k: int) ->
     distances = _squared_distances(rows, everything)
     own = start + jnp.arange(len(rows))
     distances = distances.at[jnp.arange(len(rows)), own].set(jnp.inf)
-    return -lax.top_k(-distances, k)[0][:, -1]
+    for _ in range(k - 1):  # on CPUs ten times as fast as `lax.top_k`, which sorts
+        distances = distances.at[jnp.arange(len(rows)), distances.argmin(1)].set(jnp.inf)
+    return distances.min(1)
 
 
 @jax.jit

@@ -7,9 +7,8 @@ A study lives in one directory: ``settings.json``, ``stats.npz`` (the calibratio
 
 import time
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import jax
@@ -21,12 +20,12 @@ from amskv_jax.errors import AmskvError
 from amskv_jax.evaluation.budgets import memory_report
 from amskv_jax.evaluation.calibration import load_or_calibrate
 from amskv_jax.evaluation.cells import Arm, Cell, full_arm, order_cells, study_arms
-from amskv_jax.evaluation.drawing import Drawer, balanced_labels
+from amskv_jax.evaluation.devices import Key, Programs, program_key
 from amskv_jax.evaluation.measures import Judge
 from amskv_jax.evaluation.results import Record, Results, read_arrays, write_arrays
+from amskv_jax.evaluation.workers import Task, Workers
 from amskv_jax.generate import Sampler
 from amskv_jax.pipeline import TOP_K, TOP_P, Pipeline
-from amskv_jax.plan import RetentionPlan
 from amskv_jax.sampling import TokenSampling
 from amskv_jax.stats import LayerStats
 from amskv_jax.training.log import check_settings
@@ -61,7 +60,7 @@ class Extent:
       sections: letters out of "abcdefg".
       seeds: the first is every section's.
       batch: pictures drawn at once.
-      compilers: programs compiled at the same time, while the device draws.
+      compilers: programs compiled at the same time, while the devices draw.
       stop_after: seconds after which no further cell begins.
       only: run only cells whose names contain this text; the full cache is always run.
       attention: back end.
@@ -86,8 +85,8 @@ class _Identity:
     real_pictures: int
 
 
-Program = tuple[RetentionPlan, str]
-"""Plan and dtype: what has to be compiled once."""
+Signature = tuple[Key, int]
+"""Program and seed: cells of equal signatures have equal pictures."""
 
 
 def run_study(
@@ -102,13 +101,15 @@ def run_study(
 ) -> list[Cell]:
     """Run all cells which have no result yet, the most important first.
 
-    Programs are compiled in other threads while the device draws; of the cells whose programs are
-    ready the most important is next. Cells with equal plans, dtype and seed are drawn once.
+    Programs are compiled in other threads, each for one of the local devices; a device that is
+    free draws the most important of the cells whose programs are ready there, while its cell before
+    is measured. Cells with equal plans, dtype and seed are drawn once. The full cache's pictures of
+    a seed come before all others of the seed, which are compared with them.
 
     Args:
       conditions: see there.
       extent: see there.
-      load: returns the model with weights of a dtype.
+      load: returns the model with weights of a dtype, on the default device.
       judge: measures the pictures.
       directory: of the study; created if missing.
       held_out: real pictures uint8 [N, H, W, 3] which the judge does not know, measured like a
@@ -124,13 +125,13 @@ def run_study(
       AmskvError: if some cells failed; all others are done then.
     """
     deadline = time.monotonic() + extent.stop_after
-    study = _Study(conditions, extent, cache(load), judge, Path(directory), report)
+    study = _Study(conditions, extent, load, judge, Path(directory), report)
     if held_out is not None:
         study.measure_real(held_out)
     try:
         return study.run(deadline)
     finally:
-        study.pool.shutdown(wait=False, cancel_futures=True)
+        study.close()
 
 
 class _Study:
@@ -144,7 +145,7 @@ class _Study:
         report: Callable[[str], object],
     ) -> None:
         self.conditions, self.extent = conditions, extent
-        self.load, self.judge, self.directory, self.report = load, judge, directory, report
+        self.judge, self.directory, self.report = judge, directory, report
         self.model = load(conditions.dtype)
         identity = _Identity(
             conditions,
@@ -157,12 +158,18 @@ class _Study:
         self.results = Results(directory / "results.jsonl")
         self.samples = read_arrays(directory / "samples.npz")
         self.samples["classes"] = np.array(self.model.classes, str)
-        self.pool = ThreadPoolExecutor(extent.compilers, thread_name_prefix="compile")
-        self.programs: dict[Program, Future[Drawer]] = {}
+        self.programs = Programs(self.model, load, self._sampler, extent.batch, extent.compilers)
+        self.workers = Workers(
+            judge, conditions.num, self.model.transformer.num_classes, conditions.cfg
+        )
         self.full = full_arm(self.model.transformer, conditions.dtype)
         self.originals: dict[int, np.ndarray] = {}
-        self.labels = balanced_labels(0, conditions.num, self.model.transformer.num_classes)
         self.failures: dict[str, str] = {}
+
+    def close(self) -> None:
+        """Begin nothing more in other threads."""
+        self.workers.close()
+        self.programs.close()
 
     def measure_real(self, pixels: np.ndarray) -> None:
         """Measure real pictures; their labels are not known here, so no class accuracy."""
@@ -174,48 +181,31 @@ class _Study:
 
     def run(self, deadline: float) -> list[Cell]:
         """Run cells until all are done or time is up."""
-        pending = self._pending()
-        total = len(pending)
-        done = {
-            _signature(cell): self.results.records[cell.name]
-            for cell in self._cells
-            if cell.name in self.results.records
-        }
-        while pending:
-            if time.monotonic() >= deadline:
-                return pending
-            cell = self._next(pending, done, deadline)
-            if cell is None:
-                continue
-            pending.remove(cell)
-            twin = done.get(_signature(cell))
-            started = time.monotonic()
-            try:
-                record = self._describe(cell) | (
-                    self._copy(cell, twin) if twin else self._run(cell)
-                )
-            except (ValueError, RuntimeError) as error:  # of a plan, or of the device
-                self.failures[cell.name] = str(error).partition("\n")[0]
-                self.report(f"{cell.name} failed: {self.failures[cell.name]}")
-                continue
-            self.results.add(record)
-            done[_signature(cell)] = record
-            number = total - len(pending)
-            seconds = time.monotonic() - started
-            self.report(f"[{number}/{total}] {cell.name}: {_summary(record)}, {seconds:.1f} s")
-            wanted = {_program(other.arm) for other in pending}
-            wanted.add(_program(self.full))  # whose pictures may be needed again
-            if _program(cell.arm) not in wanted:
-                self.programs.pop(_program(cell.arm), None)
+        self.pending = self._pending()
+        self.left = self.total = sum(cell.name not in self.results.records for cell in self.pending)
+        while self.pending or self.workers.running:
+            remaining = deadline - time.monotonic()
+            if remaining > 0:
+                compiling = self.programs.compiling()  # listed first, lest one finish unnoticed
+                self._begin()
+                wait([*compiling, *self.workers.running], min(60.0, remaining), FIRST_COMPLETED)
+            elif self.workers.running:
+                wait(self.workers.running, return_when=FIRST_COMPLETED)
+            else:
+                return [cell for cell in self.pending if cell.name not in self.results.records]
+            self._collect()
         if self.failures:
             lines = "".join(f"\n  {name}: {error}" for name, error in self.failures.items())
             raise AmskvError(f"{len(self.failures)} cells failed:{lines}")
         return []
 
     def _pending(self) -> list[Cell]:
-        """Return the cells without a result, and start to compile their programs in order."""
+        """Return the cells to run, and start to compile their programs in order.
+
+        These are the cells without a result, and the full cache's whose pictures are lost.
+        """
         conditions, extent = self.conditions, self.extent
-        self._submit(self.full)
+        self.programs.of(self.full)
         stats = self._stats()
         arms, impossible = study_arms(
             self.model.transformer, stats, extent.sections, conditions.dtype
@@ -226,28 +216,24 @@ class _Study:
                 self.results.add({"name": one.name, "section": section, "impossible": one.reason})
                 self.report(f"{one.name} is impossible: {one.reason}")
         self.positions = {arm.name: position for position, arm in enumerate(arms)}
-        self._cells = order_cells(arms, extent.seeds)
+        cells = order_cells(arms, extent.seeds)
+        records = self.results.records
+        self.done = {_signature(c): records[c.name] for c in cells if c.name in records}
         pending = [
             cell
-            for cell in self._cells
-            if cell.name not in self.results.records
-            and (extent.only in cell.name or cell.arm.section == "full")
+            for cell in cells
+            if cell.name not in records and (extent.only in cell.name or cell.arm.section == "full")
         ]
-        finished = {_signature(cell) for cell in self._cells if cell.name in self.results.records}
-        for cell in pending:
-            if _signature(cell) not in finished:
-                self._submit(cell.arm)
-        return pending
-
-    def _submit(self, arm: Arm) -> Future[Drawer]:
-        program = _program(arm)
-        if program not in self.programs:
-            self.programs[program] = self.pool.submit(self._compile, arm)
-        return self.programs[program]
-
-    def _compile(self, arm: Arm) -> Drawer:
-        model = self.load(arm.dtype)
-        return Drawer(self._sampler(arm), model.params, self.extent.batch)
+        drawn = [cell for cell in pending if _signature(cell) not in self.done]
+        for cell in drawn:
+            self.programs.of(cell.arm)
+        for seed in {cell.seed for cell in drawn}:
+            pixels = read_arrays(self._originals_path(seed)).get("arr_0")
+            if pixels is not None:
+                self.originals[seed] = pixels
+        lost = {cell.seed for cell in drawn} - self.originals.keys()
+        again = [Cell(self.full, seed) for seed in extent.seeds if seed in lost]
+        return [cell for cell in again if cell.name in records] + pending
 
     def _sampler(self, arm: Arm) -> Sampler:
         conditions, model = self.conditions, self.model
@@ -260,46 +246,78 @@ class _Study:
             self.extent.attention,
         )
 
-    def _next(
-        self, pending: list[Cell], done: dict[tuple[Program, int], Record], deadline: float
-    ) -> Cell | None:
-        """Return the most important cell that is ready; None once something else may be."""
-        for cell in pending:
-            if _signature(cell) in done or self._submit(cell.arm).done():
-                return cell
-        running = {self._submit(cell.arm) for cell in pending}
-        wait(running, min(60.0, max(0.0, deadline - time.monotonic())), FIRST_COMPLETED)
-        return None
+    def _begin(self) -> None:
+        """Begin all cells that can be, the most important first."""
+        for cell in list(self.pending):
+            twin = self.done.get(_signature(cell))
+            if twin and cell.arm != self.full:
+                self.pending.remove(cell)
+                self._finish(cell, self._copy(cell, twin), time.monotonic())
+            elif self._is_ready(cell):
+                self.pending.remove(cell)
+                program = self.programs.of(cell.arm)
+                task = Task(cell, program.device, time.monotonic())
+                if cell.arm == self.full and cell.seed in self.originals:
+                    self.workers.measure(task, self.originals[cell.seed], None)
+                else:
+                    self.workers.draw(task, program)
 
-    def _run(self, cell: Cell) -> Record:
-        start = time.monotonic()
-        pixels = self._pictures(cell)
-        seconds = time.monotonic() - start
-        originals = None if cell.arm == self.full else self._originals(cell.seed)
-        figures = self.judge.figures(pixels, self.labels, originals)
-        shown = pixels[: self.model.transformer.num_classes]
-        self._keep_samples(cell.name, shown)
-        return {**figures, "draw_seconds": round(seconds, 2)}
+    def _is_ready(self, cell: Cell) -> bool:
+        """Return whether all is there that a cell needs, and its device is free."""
+        if cell.arm == self.full and cell.seed in self.originals:
+            return True  # only to be measured
+        if cell.arm != self.full and cell.seed not in self.originals:
+            return False  # nothing to be compared with yet
+        program = self.programs.of(cell.arm)
+        if not program.compiled.done() or not self.workers.is_free(program.device):
+            return False
+        running = self.workers.running.values()  # perhaps a twin, which is copied soon
+        return all(_signature(task.cell) != _signature(cell) for task in running)
 
-    def _pictures(self, cell: Cell) -> np.ndarray:
+    def _collect(self) -> None:
+        """Take what has been drawn and measured."""
+        for task in self.workers.collect():
+            if task.error is not None:
+                self._fail(task.cell, task.error)
+                continue
+            assert task.pixels is not None
+            if task.figures is None:
+                self._measure(task, task.pixels)
+                continue
+            self._keep_samples(task.cell.name, task.pixels)
+            own = {"draw_seconds": round(task.draw_seconds, 2), "device_id": task.device.id}
+            self._finish(task.cell, {**task.figures, **own}, task.start)
+
+    def _measure(self, task: Task, pixels: np.ndarray) -> None:
+        """Begin to measure what was drawn, unless it is originals that were lost."""
+        cell = task.cell
         if cell.arm == self.full:
-            return self._originals(cell.seed)
-        return self._draw(cell.arm, cell.seed)
+            write_arrays(self._originals_path(cell.seed), {"arr_0": pixels})
+            self.originals[cell.seed] = pixels
+        if cell.name not in self.results.records:
+            originals = None if cell.arm == self.full else self.originals[cell.seed]
+            self.workers.measure(task, pixels, originals)
 
-    def _draw(self, arm: Arm, seed: int) -> np.ndarray:
-        drawer, model = self._submit(arm).result(), self.load(arm.dtype)
-        return drawer.draw(model.params, seed, 0, self.conditions.num, self.conditions.cfg)
+    def _finish(self, cell: Cell, figures: Record, start: float) -> None:
+        record = self._describe(cell) | figures
+        self.results.add(record)
+        self.done[_signature(cell)] = record
+        self.left -= 1
+        number, seconds = self.total - self.left, time.monotonic() - start
+        self.report(f"[{number}/{self.total}] {cell.name}: {_summary(record)}, {seconds:.1f} s")
+        wanted = {program_key(other.arm) for other in self.pending}
+        self.programs.keep_only(wanted | {program_key(self.full)})
 
-    def _originals(self, seed: int) -> np.ndarray:
-        """Return the full cache's pictures, from memory, the disk or the model."""
-        if seed not in self.originals:
-            path = self.directory / f"originals-seed{seed}.npz"
-            pixels = read_arrays(path).get("arr_0")
-            if pixels is None:
-                pixels = self._draw(self.full, seed)
-                write_arrays(path, {"arr_0": pixels})
-            self.originals[seed] = pixels
-        return self.originals[seed]
+    def _fail(self, cell: Cell, error: Exception) -> None:
+        """Note that a cell failed, and all that had to be compared with it."""
+        failed = [cell]
+        if cell.arm == self.full and cell.seed not in self.originals:
+            failed += [other for other in self.pending if other.seed == cell.seed]
+            self.pending = [other for other in self.pending if other.seed != cell.seed]
+        for one in failed:
+            self.failures[one.name] = str(error).partition("\n")[0]
+            self.left -= one.name not in self.results.records
+            self.report(f"{one.name} failed: {self.failures[one.name]}")
 
     def _copy(self, cell: Cell, twin: Record) -> Record:
         """Return the figures of a cell with the same pictures."""
@@ -326,8 +344,12 @@ class _Study:
             "device": jax.devices()[0].device_kind,
         }
 
+    def _originals_path(self, seed: int) -> Path:
+        return self.directory / f"originals-seed{seed}.npz"
+
     def _keep_samples(self, name: str, pixels: np.ndarray) -> None:
-        self.samples[name.replace("/", "|")] = pixels
+        shown = pixels[: self.model.transformer.num_classes].copy()  # not a view of them all
+        self.samples[name.replace("/", "|")] = shown
         write_arrays(self.directory / "samples.npz", self.samples)
 
     def _stats(self) -> LayerStats:
@@ -341,12 +363,8 @@ class _Study:
         )
 
 
-def _program(arm: Arm) -> Program:
-    return arm.plan, arm.dtype
-
-
-def _signature(cell: Cell) -> tuple[Program, int]:
-    return _program(cell.arm), cell.seed
+def _signature(cell: Cell) -> Signature:
+    return program_key(cell.arm), cell.seed
 
 
 def _summary(record: Record) -> str:

@@ -9,15 +9,17 @@ from amskv_jax.models.config import VARConfig, VQVAEConfig
 
 @dataclass(frozen=True)
 class Optimization:
-    """AdamW with clipped gradients, a linear warm-up, a cosine decay and averaged weights.
+    """An optimiser with clipped gradients, a linear warm-up, a cosine decay and averaged weights.
 
     Attributes:
       learning_rate: highest rate, reached at the end of the warm-up.
       warmup_steps: steps of the warm-up, from 0.
       final_share: rate of the last step over the highest one.
-      beta1: decay of the mean of the gradients.
-      beta2: decay of the mean of their squares.
-      weight_decay: of kernels alone; biases, norms, embeddings and the codebook are exempt.
+      method: "adamw"; or "sgd", with Nesterov's momentum.
+      beta1: decay of the mean of the gradients; the momentum.
+      beta2: decay of the mean of their squares; of no account for "sgd".
+      weight_decay: of kernels alone; biases, norms, embeddings and the codebook are exempt. "adamw"
+        shrinks weights by this share of the learning rate, "sgd" adds it to the gradients.
       clip_norm: largest norm of all gradients together.
       ema_decay: decay of the averaged weights; lower during the first steps.
     """
@@ -25,6 +27,7 @@ class Optimization:
     learning_rate: float
     warmup_steps: int
     final_share: float = 0.01
+    method: Literal["adamw", "sgd"] = "adamw"
     beta1: float = 0.9
     beta2: float = 0.95
     weight_decay: float = 0.05

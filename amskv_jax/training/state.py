@@ -42,17 +42,17 @@ def learning_rate(optimization: Optimization, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(optimization: Optimization, steps: int) -> optax.GradientTransformation:
-    """Return AdamW, with weight decay on kernels alone, after clipping."""
-    return optax.chain(
-        optax.clip_by_global_norm(optimization.clip_norm),
-        optax.adamw(
-            learning_rate(optimization, steps),
-            b1=optimization.beta1,
-            b2=optimization.beta2,
-            weight_decay=optimization.weight_decay,
-            mask=_is_kernel,
-        ),
-    )
+    """Return the optimiser, with weight decay on kernels alone, after clipping."""
+    rate, decay = learning_rate(optimization, steps), optimization.weight_decay
+    beta1, beta2 = optimization.beta1, optimization.beta2
+    if optimization.method == "adamw":
+        rule = optax.adamw(rate, b1=beta1, b2=beta2, weight_decay=decay, mask=_is_kernel)
+    else:
+        rule = optax.chain(
+            optax.add_decayed_weights(decay, mask=_is_kernel),
+            optax.sgd(rate, momentum=beta1, nesterov=True),
+        )
+    return optax.chain(optax.clip_by_global_norm(optimization.clip_norm), rule)
 
 
 def initial_key(seed: int) -> jax.Array:
