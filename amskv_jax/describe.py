@@ -26,9 +26,9 @@ def decimal(number: float) -> str:
 
 
 def byte_size(count: int) -> str:
-    """Return a number of bytes as "18.68 GiB", or in smaller units below one hundredth GiB."""
+    """Return a number of bytes as "18.68 GiB", or in smaller units below a tenth of a GiB."""
     for unit, name in ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if count >= unit / 100:
+        if count >= unit / 10:
             return f"{count / unit:.2f} {name}"
     return f"{count} bytes"
 

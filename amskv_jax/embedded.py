@@ -1,6 +1,7 @@
-"""Models that come with the package, as packed checkpoints; the default one among them."""
+"""What comes with the package: models, as packed checkpoints, and classifiers to judge them by."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from amskv_jax.errors import AmskvError
@@ -8,7 +9,13 @@ from amskv_jax.errors import AmskvError
 DEFAULT_MODEL = "var-cifar10"
 """The embedded model which is taken where no checkpoint is named."""
 WEIGHTS = Path(__file__).parent / "weights"
-"""Packed checkpoints of embedded models."""
+"""Packed checkpoints of embedded models; below it, embedded classifiers."""
+CLASSIFIERS = {
+    ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"): (
+        "cifar10.safetensors"
+    )
+}
+"""Names of a model's classes -> the file of a classifier that tells them apart."""
 
 
 def embedded_models() -> list[str]:
@@ -32,3 +39,21 @@ def find_checkpoint(name: str | os.PathLike[str] | None) -> Path:
     if str(name) in embedded_models() and not Path(name).exists():
         return WEIGHTS / f"{str(name).replace('-', '_')}.safetensors"
     return Path(name)
+
+
+def find_classifier(classes: Sequence[str]) -> Path:
+    """Return the embedded classifier of these classes.
+
+    Args:
+      classes: their names, as a checkpoint has them.
+
+    Raises:
+      AmskvError: if there is none.
+    """
+    file = CLASSIFIERS.get(tuple(classes))
+    if file is None:
+        raise AmskvError(
+            "no classifier of the model's classes comes with the package: train one with `amskv "
+            "train classifier`, and give its file with --classifier"
+        )
+    return WEIGHTS / "classifiers" / file

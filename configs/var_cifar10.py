@@ -32,7 +32,7 @@ TRANSFORMER_TRAINING = TransformerTraining(
     model=CONFIG.transformer,
     tokenizer=CONFIG.tokenizer,
     optimization=Optimization(learning_rate=1e-3, warmup_steps=500),
-    run=Run(steps=7000, batch_size=512),
+    run=Run(steps=6000, batch_size=512),
     copies=8,
     token_noise=0.1,
 )

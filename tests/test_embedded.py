@@ -12,8 +12,9 @@ import amskv_jax
 from amskv_jax import configs, embedded, packed
 from amskv_jax.checkpoint import fingerprint, load_checkpoint, read_info, save_checkpoint
 from amskv_jax.compression import compress, decompress
-from amskv_jax.embedded import embedded_models, find_checkpoint
+from amskv_jax.embedded import embedded_models, find_checkpoint, find_classifier
 from amskv_jax.errors import AmskvError
+from amskv_jax.evaluation.classifier import load_classifier
 from amskv_jax.initialize import random_params
 from amskv_jax.packed import pack_checkpoint, pack_model
 
@@ -161,3 +162,11 @@ def test_default_model_of_the_package():
     assert info.classes[3] == "cat"
     params = flatten_dict(load_checkpoint(path).params, sep="/")
     assert all(np.isfinite(leaf).all() for leaf in params.values())
+
+
+def test_classifiers_are_found_by_the_names_of_the_classes():
+    (classes,) = embedded.CLASSIFIERS
+    network = load_classifier(find_classifier(classes))
+    assert network.config.num_classes == len(classes)
+    with pytest.raises(AmskvError, match="no classifier of the model's classes comes with"):
+        find_classifier(classes[::-1])

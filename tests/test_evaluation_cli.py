@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 
 import jax
 import numpy as np
@@ -66,13 +67,23 @@ def test_eval_command_refuses_what_cannot_work(amskv, files, tmp_path):
         ("--num", "66", "--policies", "full,lru"): "unknown policy 'lru'",
         ("--num", "66", "--policies", "ams:99"): "expected a policy other than full and a saving",
         ("--num", "66", "--classifier", files / "no.safetensors"): "cannot read the classifier",
+        ("--num", "66", "--cfg", "nan"): "expected a finite number, not nan",
     }.items():
         finished = amskv("eval", *given, *extra)
         assert finished.code in (1, 2)
         assert message in finished.err
     finished = amskv("eval", "--checkpoint", files / "checkpoint", "--out", tmp_path / "out")
-    assert (finished.code, "--classifier" in finished.err) == (2, True)
+    assert (finished.code, "no classifier of the model's classes" in finished.err) == (1, True)
     assert not (tmp_path / "out").exists()
+
+
+def test_study_command_records_no_cuda_graphs(amskv, files, tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_max_hlo_modules=1")
+    for _ in range(2):
+        finished = amskv("study", "run", *options(files, tmp_path / "out"), "--num", 40)
+        assert "40 pictures are too few" in finished.err
+        expected = "--xla_dump_max_hlo_modules=1 --xla_gpu_enable_command_buffer="
+        assert os.environ["XLA_FLAGS"] == expected
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from amskv_jax.cli.options import (
     TopKOption,
     TopPOption,
 )
+from amskv_jax.embedded import find_classifier
 from amskv_jax.errors import AmskvError, UsageError
 from amskv_jax.files import replacing
 
@@ -51,7 +52,10 @@ def evaluate(
     ] = Features.CLASSIFIER,
     classifier: Annotated[
         Path | None,
-        typer.Option(help="Classifier of the model's classes, see `amskv train classifier`."),
+        typer.Option(
+            help="Classifier of the model's classes, see `amskv train classifier`; the one that "
+            "comes with the package if not given."
+        ),
     ] = None,
     inception_weights: Annotated[
         Path | None, typer.Option(help="Weights of Inception, if not where torch-fidelity looks.")
@@ -78,6 +82,7 @@ def evaluate(
     NAME.npz is in the layout that OpenAI's ADM evaluator reads. Only features of Inception make
     the Frechet distance an FID; those of a classifier compare policies of one model.
     """
+    from amskv_jax.checkpoint import read_info  # noqa: PLC0415
     from amskv_jax.evaluation.budgets import PolicyRequest  # noqa: PLC0415
     from amskv_jax.evaluation.evaluate import Evaluation  # noqa: PLC0415
     from amskv_jax.evaluation.evaluate import evaluate as run  # noqa: PLC0415
@@ -88,9 +93,10 @@ def evaluate(
     from amskv_jax.training.data import load_pictures  # noqa: PLC0415
 
     requests = [PolicyRequest.parse(text) for text in policies.split(",")]
-    network = _network(features, classifier, inception_weights)
     if compilation_cache:
         use_compilation_cache()
+    classes = read_info(checkpoint).classes
+    network = _network(features, classifier, classes, inception_weights)
     if network is not None:
         check_picture_count(num, network.dimension)
         if real is None:
@@ -124,7 +130,7 @@ def evaluate(
 
 
 def _network(
-    features: Features, classifier: Path | None, weights: Path | None
+    features: Features, classifier: Path | None, classes: tuple[str, ...], weights: Path | None
 ) -> "FeatureNetwork | None":
     from amskv_jax.evaluation.classifier import load_classifier  # noqa: PLC0415
     from amskv_jax.evaluation.features import InceptionFeatures  # noqa: PLC0415
@@ -133,11 +139,7 @@ def _network(
         return None
     if features is Features.INCEPTION:
         return InceptionFeatures(weights)
-    if classifier is None:
-        raise UsageError(
-            "give the classifier's file with --classifier, or choose --features inception or none"
-        )
-    return load_classifier(classifier)
+    return load_classifier(classifier or find_classifier(classes))
 
 
 def _check_classes(network: Any, num_classes: int) -> None:

@@ -1,5 +1,6 @@
 """Options which several commands have, and readers of their values."""
 
+import math
 import re
 from enum import StrEnum
 from pathlib import Path
@@ -26,6 +27,13 @@ class Attention(StrEnum):
     XLA = "xla"
 
 
+def check_finite(number: float | None) -> float | None:
+    """Return an option's number; refuse "nan" and "inf", which Python takes for numbers."""
+    if number is not None and not math.isfinite(number):
+        raise typer.BadParameter(f"expected a finite number, not {number}")
+    return number
+
+
 CheckpointOption = Annotated[
     Path,
     typer.Option(
@@ -50,7 +58,9 @@ SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of the rand
 GuidanceOption = Annotated[
     float | None,
     typer.Option(
-        "--cfg", help="Guidance strength at the last scale; what suits the model if not given."
+        "--cfg",
+        help="Guidance strength at the last scale; what suits the model if not given.",
+        callback=check_finite,
     ),
 ]
 TopKOption = Annotated[

@@ -7,7 +7,7 @@ import typer
 
 from amskv_jax.cli.console import print_line, progress
 from amskv_jax.cli.files import check_outputs, check_suffix
-from amskv_jax.cli.options import CheckpointOption
+from amskv_jax.cli.options import CheckpointOption, check_finite
 
 
 def pack(
@@ -15,7 +15,10 @@ def pack(
     out: Annotated[Path, typer.Option(help="The file to write (.safetensors).")],
     cfg: Annotated[
         float | None,
-        typer.Option(help="Guidance strength that suits the model; as the checkpoint says."),
+        typer.Option(
+            help="Guidance strength that suits the model; as the checkpoint says.",
+            callback=check_finite,
+        ),
     ] = None,
 ) -> None:
     """Write a checkpoint as one file with 8-bit weights, which is read wherever a folder is.

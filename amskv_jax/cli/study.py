@@ -1,5 +1,6 @@
 """``amskv study``: what every policy costs in quality."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,6 +19,7 @@ from amskv_jax.cli.options import (
     TopPOption,
     parse_numbers,
 )
+from amskv_jax.embedded import find_classifier
 from amskv_jax.errors import AmskvError
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ app = typer.Typer(
     help="Measure every policy on a trained model, and write the report.", no_args_is_help=True
 )
 
+CUDA_GRAPHS = "--xla_gpu_enable_command_buffer"
+"""XLA's flag: what may become part of a CUDA graph."""
 REPORT_HELP = "Write the report here (.md), its pictures into a folder beside it."
 
 
@@ -38,13 +42,17 @@ def study() -> None:
 @app.command()
 def run(
     checkpoint: CheckpointOption,
-    classifier: Annotated[
-        Path, typer.Option(help="Classifier of the model's classes, see `amskv train classifier`.")
-    ],
     real: Annotated[
         Path, typer.Option(help="Real pictures: a packed .npz or a folder of class folders.")
     ],
     out: Annotated[Path, typer.Option(help="Folder of the study; one there already goes on.")],
+    classifier: Annotated[
+        Path | None,
+        typer.Option(
+            help="Classifier of the model's classes, see `amskv train classifier`; the one that "
+            "comes with the package if not given."
+        ),
+    ] = None,
     held_out: Annotated[
         Path | None, typer.Option(help="Other real pictures, measured for comparison.")
     ] = None,
@@ -80,6 +88,7 @@ def run(
     savings; d: all policies at three savings; e: C_min and C_max; f: theta; g: dtype.
     """
     check_suffix(report, {".md"})
+    from amskv_jax.checkpoint import read_info  # noqa: PLC0415
     from amskv_jax.evaluation.classifier import load_classifier  # noqa: PLC0415
     from amskv_jax.evaluation.measures import Judge  # noqa: PLC0415
     from amskv_jax.evaluation.metrics import check_picture_count  # noqa: PLC0415
@@ -89,7 +98,8 @@ def run(
 
     if compilation_cache:
         use_compilation_cache()
-    network = load_classifier(classifier)
+    _forbid_cuda_graphs()
+    network = load_classifier(classifier or find_classifier(read_info(checkpoint).classes))
     check_picture_count(num, network.dimension)
     extent = Extent(
         sections=sections.replace(",", ""),
@@ -128,6 +138,17 @@ def run(
         print_line(f"time is up: {len(left)} cells are left, start the study again to go on")
     if report:
         write(out, report)
+
+
+def _forbid_cuda_graphs() -> None:
+    """Keep XLA from recording CUDA graphs; to be called before JAX looks for devices.
+
+    A study compiles while it draws, and a recording fails, or crashes the process, when another
+    thread loads or times kernels meanwhile.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if CUDA_GRAPHS not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {CUDA_GRAPHS}=".strip()
 
 
 @app.command("report")

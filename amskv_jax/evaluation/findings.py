@@ -120,6 +120,35 @@ def verdict(results: StudyResults) -> str:
     return "\n".join(lines)
 
 
+def closer_than_full(results: StudyResults) -> str:
+    """Return what to think of cut caches whose pictures come closer to the real ones; may be empty.
+
+    These are the arms whose Frechet distance is lower than the full cache's by more than the noise.
+    """
+    noise, full = results.noise, results.full
+    recall, precision = full.figure("recall"), full.figure("precision")
+    if noise is None or recall is None or precision is None:
+        return ""
+    closer = [
+        arm
+        for arm in results.all_arms("abcd")
+        if results.excess(arm) < -noise and arm.figure("recall") is not None
+    ]
+    if not closer:
+        return ""
+    recalls = sorted(spread.mean for arm in closer if (spread := arm.figure("recall")))
+    real = results.real
+    compared = f" (real pictures: {real['precision']:.3f} and {real['recall']:.3f})" if real else ""
+    return (
+        f"More than noise closer to the real pictures than the full cache: "
+        f"{_list(results, _by_harm(results, closer))}. The full cache has precision "
+        f"{precision.mean:.3f} and recall {recall.mean:.3f}{compared}, these have recall "
+        f"{recalls[0]:.3f} to {recalls[-1]:.3f}. Guidance trades variety for typical pictures; a "
+        "lower distance with more recall says that a cut cache takes back some of that trade, not "
+        "that forgetting draws better pictures."
+    )
+
+
 def _policies(results: StudyResults, arms: list[ArmResult]) -> list[str]:
     sentences = []
     for target in sorted({arm.label.rpartition(" ")[2] for arm in arms}):

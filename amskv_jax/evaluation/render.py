@@ -6,7 +6,7 @@ from pathlib import Path
 
 from amskv_jax.describe import byte_size
 from amskv_jax.errors import AmskvError
-from amskv_jax.evaluation.findings import finding, verdict
+from amskv_jax.evaluation.findings import closer_than_full, finding, verdict
 from amskv_jax.evaluation.render_pictures import save_pareto_plot, save_sheet
 from amskv_jax.evaluation.results import read_arrays
 from amskv_jax.evaluation.summary import ArmResult, Spread, StudyResults
@@ -126,7 +126,7 @@ def _summary(results: StudyResults) -> str:
             f"Noise: the Frechet distances of two seeds of one policy lie up to {noise:.1%} apart; "
             "smaller differences between policies mean nothing."
         )
-    text += filter(None, [verdict(results)])
+    text += filter(None, [verdict(results), closer_than_full(results)])
     real = results.real
     if real:
         text.append(
@@ -139,13 +139,16 @@ def _summary(results: StudyResults) -> str:
 
 def _section(results: StudyResults, settings: dict, section: str) -> Iterable[str]:
     arms, impossible = results.arms.get(section, []), results.impossible(section)
-    if not arms and not impossible:
+    missing = results.missing(section)
+    if not arms and not impossible and not missing:
         yield "Not run yet."
     if arms:
         yield "\n".join([HEADER, _rule(), *(_row(results, arm) for arm in arms)])
         if section == "e":
             yield _grid(results, arms)
         yield "\n".join(f"- {sentence}" for sentence in finding(results, section))
+    if missing:
+        yield "Not run yet: " + ", ".join(f"`{name}`" for name in missing) + "."
     for name, reason in impossible:
         yield f"`{name}` cannot be: {reason}."
     yield f"`{_command(results, settings, section)}`; one row alone by `--only {section}/...`."
@@ -160,8 +163,8 @@ def _command(results: StudyResults, settings: dict, section: str) -> str:
     conditions = settings["conditions"]
     seeds = sorted({r["seed"] for r in results.records if r["section"] == section and "seed" in r})
     return (
-        "amskv study run --checkpoint CHECKPOINT --classifier CLASSIFIER --real TRAINING_PICTURES "
-        f"--out STUDY --sections {section} --seeds {','.join(map(str, seeds or [0, 1]))} "
+        "amskv study run --checkpoint CHECKPOINT --real TRAINING_PICTURES --out STUDY "
+        f"--sections {section} --seeds {','.join(map(str, seeds or [0, 1]))} "
         f"--num {conditions['num']} --cfg {conditions['cfg']} --top-k {conditions['top_k']} "
         f"--top-p {conditions['top_p']} --dtype {conditions['dtype']} "
         f"--calibration {conditions['calibration_pictures']}"

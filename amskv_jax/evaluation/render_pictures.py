@@ -79,6 +79,8 @@ def _frechet(arm: ArmResult) -> float:
 def save_sheet(results: StudyResults, samples: Mapping[str, np.ndarray], path: Path) -> int:
     """Draw a row of pictures for every policy, and return the number of rows.
 
+    All rows are of the full cache's first seed; policies without it have no row.
+
     Args:
       results: of the study.
       samples: name of a cell, with "|" for "/", -> pictures uint8 [columns, H, W, 3]; "classes" ->
@@ -86,8 +88,11 @@ def save_sheet(results: StudyResults, samples: Mapping[str, np.ndarray], path: P
       path: the picture; not written if there is no row.
     """
     rows: list[tuple[str, np.ndarray]] = []
+    seed = results.full.records[0]["seed"]
     for arm in [results.full, *results.all_arms(SHOWN)]:
-        record = min(arm.records, key=lambda record: record["seed"])
+        record = next((record for record in arm.records if record["seed"] == seed), None)
+        if record is None:
+            continue
         name = record.get("same_as", record["name"])
         pixels = samples.get(str(name).replace("/", "|"))
         if pixels is not None:

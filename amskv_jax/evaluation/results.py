@@ -3,7 +3,7 @@
 import json
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,9 @@ import numpy as np
 
 from amskv_jax.errors import AmskvError
 from amskv_jax.files import read_json_lines, replacing
+
+CELLS_FILE = "cells.json"
+"""What a study was asked for, in its folder."""
 
 Record = dict[str, Any]
 """What is known of one cell: its name, its settings and its figures."""
@@ -40,6 +43,28 @@ class Results:
             file.flush()
             os.fsync(file.fileno())
         self.records[record["name"]] = record
+
+
+def read_cells(directory: Path) -> list[str]:
+    """Return the names of all cells which a study was asked for, in their order.
+
+    Raises:
+      AmskvError: if the file is damaged.
+    """
+    path = directory / CELLS_FILE
+    if not path.exists():
+        return []
+    try:
+        return [str(name) for name in json.loads(path.read_text(encoding="utf-8"))]
+    except ValueError as error:
+        raise AmskvError(f"{path} is damaged ({error}): remove it") from error
+
+
+def add_cells(directory: Path, names: Iterable[str]) -> None:
+    """Note that a study was asked for these cells too."""
+    every = list(dict.fromkeys([*read_cells(directory), *names]))
+    with replacing(directory / CELLS_FILE) as temporary:
+        temporary.write_text(json.dumps(every, indent=0) + "\n", encoding="utf-8")
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

@@ -1,8 +1,9 @@
 """The study: every policy's pictures measured, cell by cell, resumable after any interruption.
 
-A study lives in one directory: ``settings.json``, ``stats.npz`` (the calibration),
-``results.jsonl`` (a line per finished cell), ``samples.npz`` (a few pictures of every cell) and
-``originals-*.npz`` (the full cache's pictures, drawn again if they are missing).
+A study lives in one directory: ``settings.json``, ``stats.npz`` (the calibration), ``cells.json``
+(the names of all cells it was asked for), ``results.jsonl`` (a line per finished cell),
+``samples.npz`` (a few pictures of every cell) and ``originals-*.npz`` (the full cache's pictures,
+drawn again if they are missing).
 """
 
 import time
@@ -22,7 +23,13 @@ from amskv_jax.evaluation.calibration import load_or_calibrate
 from amskv_jax.evaluation.cells import Arm, Cell, full_arm, order_cells, study_arms
 from amskv_jax.evaluation.devices import Key, Programs, program_key
 from amskv_jax.evaluation.measures import Judge
-from amskv_jax.evaluation.results import Record, Results, read_arrays, write_arrays
+from amskv_jax.evaluation.results import (
+    Record,
+    Results,
+    add_cells,
+    read_arrays,
+    write_arrays,
+)
 from amskv_jax.evaluation.workers import Task, Workers
 from amskv_jax.generate import Sampler
 from amskv_jax.pipeline import TOP_K, TOP_P, Pipeline
@@ -163,6 +170,7 @@ class _Study:
             judge, conditions.num, self.model.transformer.num_classes, conditions.cfg
         )
         self.full = full_arm(self.model.transformer, conditions.dtype)
+        self.positions: dict[str, int] = {}
         self.originals: dict[int, np.ndarray] = {}
         self.failures: dict[str, str] = {}
 
@@ -215,15 +223,18 @@ class _Study:
                 section = one.name.partition("/")[0]
                 self.results.add({"name": one.name, "section": section, "impossible": one.reason})
                 self.report(f"{one.name} is impossible: {one.reason}")
-        self.positions = {arm.name: position for position, arm in enumerate(arms)}
-        cells = order_cells(arms, extent.seeds)
+        for section in {arm.section for arm in arms}:
+            own = [arm.name for arm in arms if arm.section == section]
+            self.positions.update({name: position for position, name in enumerate(own)})
+        cells = [
+            cell
+            for cell in order_cells(arms, extent.seeds)
+            if extent.only in cell.name or cell.arm.section == "full"
+        ]
+        add_cells(self.directory, (cell.name for cell in cells))
         records = self.results.records
         self.done = {_signature(c): records[c.name] for c in cells if c.name in records}
-        pending = [
-            cell
-            for cell in cells
-            if cell.name not in records and (extent.only in cell.name or cell.arm.section == "full")
-        ]
+        pending = [cell for cell in cells if cell.name not in records]
         drawn = [cell for cell in pending if _signature(cell) not in self.done]
         for cell in drawn:
             self.programs.of(cell.arm)

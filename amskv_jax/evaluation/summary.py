@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from amskv_jax.errors import AmskvError
-from amskv_jax.evaluation.results import Record
+from amskv_jax.evaluation.results import Record, read_cells
 from amskv_jax.files import read_json_lines
 
 FIGURES = (
@@ -80,9 +80,11 @@ class StudyResults:
 
     Attributes:
       records: the finished cells.
+      asked: names of all cells that the study was asked for.
     """
 
     records: tuple[Record, ...]
+    asked: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, directory: Path) -> "StudyResults":
@@ -91,7 +93,9 @@ class StudyResults:
         Raises:
           AmskvError: if there is no result of the full cache.
         """
-        results = cls(tuple(read_json_lines(directory / "results.jsonl")))
+        results = cls(
+            tuple(read_json_lines(directory / "results.jsonl")), tuple(read_cells(directory))
+        )
         if "full" not in results.arms:
             raise AmskvError(
                 f"{directory} holds no result of the full cache: run the study there first"
@@ -128,6 +132,11 @@ class StudyResults:
             for r in self.records
             if r["section"] == section and "impossible" in r
         ]
+
+    def missing(self, section: str) -> list[str]:
+        """Return the names of a section's cells which have no result yet."""
+        finished = {record["name"] for record in self.records}
+        return [n for n in self.asked if n.startswith(f"{section}/") and n not in finished]
 
     def excess(self, arm: ArmResult) -> float:
         """Return how much larger its Frechet distance is than the full cache's of the same seeds.
