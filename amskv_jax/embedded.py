@@ -10,7 +10,7 @@ DEFAULT_MODEL = "var-cifar10"
 """The embedded model which is taken where no checkpoint is named."""
 WEIGHTS = Path(__file__).parent / "weights"
 """Packed checkpoints of embedded models; below it, embedded classifiers."""
-CLASSIFIERS = {
+CLASSIFIERS: dict[tuple[str, ...], str] = {
     ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"): (
         "cifar10.safetensors"
     )
