@@ -18,6 +18,7 @@ from jax import lax
 
 from amskv_jax.attention import Implementation, attend
 from amskv_jax.errors import AmskvError
+from amskv_jax.inplace import after
 from amskv_jax.schedule import ScaleSchedule
 from amskv_jax.similarity import key_similarity
 
@@ -171,6 +172,7 @@ class OnlineSlots:
         if step + 1 == self.schedule.num_scales:
             return output, cache
         decision = self.decide(cache, layer, step, key)
+        layer = after(output, layer, len(cache.keys))
         start = (layer, 0, offset, 0, 0)
         return output, OnlineCache(
             keys=lax.dynamic_update_slice(cache.keys, key[None].astype(cache.keys.dtype), start),

@@ -99,7 +99,9 @@ def test_every_module_and_nothing_else_is_in_the_wheel(wheel):
         for folder, target in SOURCES.items()
         for path in (ROOT / folder).rglob("*.py")
     }
-    weights = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("amskv_jax/weights/*")}
+    weights = {
+        path.relative_to(ROOT).as_posix() for path in (ROOT / "amskv_jax/weights").rglob("*.*")
+    }
     assert found == modules | weights | {"amskv_jax/py.typed"}
 
 

@@ -12,6 +12,7 @@ from amskv_jax.cli.console import make_console, print_line, progress
 from amskv_jax.cli.options import (
     Attention,
     CheckpointOption,
+    ClassifierOption,
     CompilationCacheOption,
     Dtype,
     GuidanceOption,
@@ -21,7 +22,7 @@ from amskv_jax.cli.options import (
     TopPOption,
 )
 from amskv_jax.embedded import find_classifier
-from amskv_jax.errors import AmskvError, UsageError
+from amskv_jax.errors import UsageError
 from amskv_jax.files import replacing
 
 if TYPE_CHECKING:
@@ -50,13 +51,7 @@ def evaluate(
     features: Annotated[
         Features, typer.Option(help="Feature network; none: draw and compare with full only.")
     ] = Features.CLASSIFIER,
-    classifier: Annotated[
-        Path | None,
-        typer.Option(
-            help="Classifier of the model's classes, see `amskv train classifier`; the one that "
-            "comes with the package if not given."
-        ),
-    ] = None,
+    classifier: ClassifierOption = None,
     inception_weights: Annotated[
         Path | None, typer.Option(help="Weights of Inception, if not where torch-fidelity looks.")
     ] = None,
@@ -84,6 +79,7 @@ def evaluate(
     """
     from amskv_jax.checkpoint import read_info  # noqa: PLC0415
     from amskv_jax.evaluation.budgets import PolicyRequest  # noqa: PLC0415
+    from amskv_jax.evaluation.classifier import TrainedClassifier  # noqa: PLC0415
     from amskv_jax.evaluation.evaluate import Evaluation  # noqa: PLC0415
     from amskv_jax.evaluation.evaluate import evaluate as run  # noqa: PLC0415
     from amskv_jax.evaluation.measures import Judge  # noqa: PLC0415
@@ -107,8 +103,8 @@ def evaluate(
         judge = None
         if network is not None and real is not None:
             pictures = load_pictures(real, model.tokenizer.picture_size)
-            if network.classifies:
-                _check_classes(network, model.transformer.num_classes)
+            if isinstance(network, TrainedClassifier):
+                network.check_classes(model.transformer.num_classes)
             update("measuring the real pictures", None)
             judge = Judge.of(network, pictures.pixels)
         records = run(
@@ -140,14 +136,6 @@ def _network(
     if features is Features.INCEPTION:
         return InceptionFeatures(weights)
     return load_classifier(classifier or find_classifier(classes))
-
-
-def _check_classes(network: Any, num_classes: int) -> None:
-    if network.config.num_classes != num_classes:
-        raise AmskvError(
-            f"the classifier knows {network.config.num_classes} classes, the model {num_classes}: "
-            "train one on the model's data"
-        )
 
 
 def _print_records(records: list[dict[str, Any]], network: "FeatureNetwork | None") -> None:

@@ -47,6 +47,14 @@ CheckpointOption = Annotated[
 OutFolderOption = Annotated[
     Path, typer.Option("--out", help="Folder to make; it must not exist or be empty.")
 ]
+ClassifierOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--classifier",
+        help="Classifier of the model's classes, see `amskv train classifier`; the one that comes "
+        "with the package if not given.",
+    ),
+]
 StatsOption = Annotated[
     Path | None,
     typer.Option(

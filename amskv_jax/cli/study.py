@@ -12,6 +12,7 @@ from amskv_jax.cli.files import check_suffix
 from amskv_jax.cli.options import (
     Attention,
     CheckpointOption,
+    ClassifierOption,
     CompilationCacheOption,
     Dtype,
     GuidanceOption,
@@ -20,7 +21,6 @@ from amskv_jax.cli.options import (
     parse_numbers,
 )
 from amskv_jax.embedded import find_classifier
-from amskv_jax.errors import AmskvError
 
 if TYPE_CHECKING:
     from amskv_jax.pipeline import Pipeline
@@ -46,13 +46,7 @@ def run(
         Path, typer.Option(help="Real pictures: a packed .npz or a folder of class folders.")
     ],
     out: Annotated[Path, typer.Option(help="Folder of the study; one there already goes on.")],
-    classifier: Annotated[
-        Path | None,
-        typer.Option(
-            help="Classifier of the model's classes, see `amskv train classifier`; the one that "
-            "comes with the package if not given."
-        ),
-    ] = None,
+    classifier: ClassifierOption = None,
     held_out: Annotated[
         Path | None, typer.Option(help="Other real pictures, measured for comparison.")
     ] = None,
@@ -114,11 +108,7 @@ def run(
     strength = model.guidance if cfg is None else cfg
     conditions = Conditions(num, strength, top_k, top_p, dtype.value, calibration)
     size, classes = model.tokenizer.picture_size, model.transformer.num_classes
-    if network.config.num_classes != classes:
-        raise AmskvError(
-            f"the classifier knows {network.config.num_classes} classes, the model {classes}: "
-            "train one on the model's data"
-        )
+    network.check_classes(classes)
     pictures = load_pictures(real, size)
     pictures.check(size, classes)
 

@@ -301,6 +301,14 @@ class TrainedClassifier:
         """Number of features."""
         return self.config.dimension
 
+    def check_classes(self, num_classes: int) -> None:
+        """Raise AmskvError unless the classifier knows as many classes as a model."""
+        if self.config.num_classes != num_classes:
+            raise AmskvError(
+                f"the classifier knows {self.config.num_classes} classes, the model {num_classes}: "
+                "train one on the model's data"
+            )
+
     def __call__(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return features [N, D] and logits [N, classes] of pictures uint8 [N, H, W, 3]."""
         return apply_classifier(self.config, self.params, pixels)
