@@ -189,6 +189,20 @@ def test_weight_decay_concerns_kernels_alone():
     chex.assert_trees_all_equal(after["codebook"], after["head"]["bias"], jnp.ones(2))
 
 
+def test_sgd_has_nesterov_momentum_and_decays_by_the_gradient():
+    optimization = Optimization(
+        learning_rate=0.1, warmup_steps=0, final_share=1.0, method="sgd", weight_decay=0.5
+    )
+    params = {"kernel": jnp.ones(1), "bias": jnp.ones(1)}
+    state = create_state(params, optimization, RUN, {})
+    gradients = {"kernel": jnp.zeros(1), "bias": jnp.full(1, 0.2)}
+    first, _ = apply_gradients(state, gradients, optimization, RUN)
+    second, _ = apply_gradients(first, gradients, optimization, RUN)
+    assert first.params["bias"][0] == pytest.approx(1 - 0.1 * 0.2 * 1.9)
+    assert second.params["bias"][0] == pytest.approx(1 - 0.1 * 0.2 * (1.9 + 2.71))
+    assert first.params["kernel"][0] == pytest.approx(1 - 0.1 * 0.5 * 1.9)
+
+
 def test_gradients_are_clipped():
     optimization = Optimization(learning_rate=0.1, warmup_steps=0, clip_norm=1.0)
     state = create_state({"kernel": jnp.zeros(2)}, optimization, RUN, {})
