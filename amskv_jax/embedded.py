@@ -1,4 +1,4 @@
-"""What comes with the package: models, as packed checkpoints, and classifiers to judge them by."""
+"""What comes with the package: models, their layer statistics, classifiers to judge them by."""
 
 import os
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from amskv_jax.errors import AmskvError
 DEFAULT_MODEL = "var-cifar10"
 """The embedded model which is taken where no checkpoint is named."""
 WEIGHTS = Path(__file__).parent / "weights"
-"""Packed checkpoints of embedded models; below it, embedded classifiers."""
+"""Packed checkpoints of embedded models; below it, their statistics, and classifiers."""
 CLASSIFIERS: dict[tuple[str, ...], str] = {
     ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"): (
         "cifar10.safetensors"
@@ -38,6 +38,13 @@ def find_checkpoint(name: str | os.PathLike[str] | None) -> Path:
             raise AmskvError(f"the model {name} is not in {WEIGHTS}: install the package again")
     if str(name) in embedded_models() and not Path(name).exists():
         return WEIGHTS / f"{str(name).replace('-', '_')}.safetensors"
+    return Path(name)
+
+
+def find_stats(name: str | os.PathLike[str]) -> Path:
+    """Return where layer statistics are: ``name`` is their file, or that of an embedded model."""
+    if str(name) in embedded_models() and not Path(name).exists():
+        return WEIGHTS / "stats" / f"{str(name).replace('-', '_')}.npz"
     return Path(name)
 
 

@@ -12,11 +12,12 @@ import amskv_jax
 from amskv_jax import configs, embedded, packed
 from amskv_jax.checkpoint import fingerprint, load_checkpoint, read_info, save_checkpoint
 from amskv_jax.compression import compress, decompress
-from amskv_jax.embedded import embedded_models, find_checkpoint, find_classifier
+from amskv_jax.embedded import embedded_models, find_checkpoint, find_classifier, find_stats
 from amskv_jax.errors import AmskvError
 from amskv_jax.evaluation.classifier import load_classifier
 from amskv_jax.initialize import random_params
 from amskv_jax.packed import pack_checkpoint, pack_model
+from amskv_jax.stats import LayerStats
 
 CONFIGS = {"transformer": SMALL.transformer, "tokenizer": SMALL.tokenizer}
 CLASSES = tuple(["plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"])
@@ -170,3 +171,18 @@ def test_classifiers_are_found_by_the_names_of_the_classes():
     assert network.config.num_classes == len(classes)
     with pytest.raises(AmskvError, match="no classifier of the model's classes comes with"):
         find_classifier(classes[::-1])
+
+
+def test_statistics_of_embedded_models_are_theirs(tmp_path):
+    for name in embedded_models():
+        stats = LayerStats.load(find_stats(name), read_info(find_checkpoint(name)).fingerprint)
+        assert stats.schedule == configs.get(name).transformer.schedule
+    assert find_stats(tmp_path / "stats.npz") == tmp_path / "stats.npz"
+
+
+def test_plans_follow_from_embedded_statistics(amskv):
+    given = ("--checkpoint", "var-cifar10", "--stats", "var-cifar10", "--target-saving", 0.787)
+    done = amskv("plan", *given, "--policy", "ams")
+    assert (done.code, done.err) == (0, "")
+    assert "calibrated" in done.out
+    assert "78.8%" in done.out

@@ -20,6 +20,8 @@ from training_helpers import (
 )
 
 from amskv_jax.errors import AmskvError
+from amskv_jax.models import var
+from amskv_jax.models.var import VAR
 from amskv_jax.models.vqvae import VQVAE
 from amskv_jax.schedule import ScaleSchedule
 from amskv_jax.training.config import TransformerTraining
@@ -47,6 +49,20 @@ def transformer_run(directory, **options):
 def trained_transformer(tmp_path_factory):
     directory = tmp_path_factory.mktemp("transformer")
     return transformer_run(directory), directory
+
+
+def test_backward_pass_keeps_less_than_all(monkeypatch):
+    config = replace(TRANSFORMER, depth=4)
+    model = VAR(config)
+    inputs = jnp.zeros(8, int), jnp.zeros((8, SCHEDULE.total - 1, config.latent_channels))
+    params = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+    sizes = []
+    for kept in (var._is_kept_for_gradients, jax.checkpoint_policies.everything_saveable):
+        monkeypatch.setattr(var, "_is_kept_for_gradients", kept)
+        gradient = jax.grad(lambda params: jnp.square(model.apply(params, *inputs)).sum())
+        program = jax.jit(gradient).lower(params).compile()
+        sizes.append(program.memory_analysis().temp_size_in_bytes)
+    assert sizes[0] < sizes[1] / 2
 
 
 def test_transformer_learns_what_depends_on_the_class(trained_transformer):

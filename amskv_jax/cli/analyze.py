@@ -9,13 +9,19 @@ import typer
 from amskv_jax.cli.console import print_line, progress
 from amskv_jax.cli.files import check_outputs
 from amskv_jax.cli.options import ForceOption, parse_numbers
+from amskv_jax.embedded import find_stats
 from amskv_jax.files import replacing
 
 
 def analyze(
     *,
     stats: Annotated[
-        Path, typer.Option(help="Layer statistics, as `amskv calibrate` writes them.")
+        Path,
+        typer.Option(
+            help="Layer statistics, as `amskv calibrate` writes them, or an embedded model's.",
+            parser=find_stats,
+            metavar="PATH",
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the files; made if it does not exist.")],
     layers: Annotated[

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from amskv_jax.embedded import find_checkpoint
+from amskv_jax.embedded import find_checkpoint, find_stats
 from amskv_jax.errors import UsageError
 
 
@@ -58,7 +58,11 @@ ClassifierOption = Annotated[
 StatsOption = Annotated[
     Path | None,
     typer.Option(
-        "--stats", help="Layer statistics of this model, for policies that follow from them."
+        "--stats",
+        help="Layer statistics of this model, for policies that follow from them: a file made by "
+        "`amskv calibrate`, or var-cifar10 for those of the embedded model.",
+        parser=find_stats,
+        metavar="PATH",
     ),
 ]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]

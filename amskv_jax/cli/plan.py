@@ -9,6 +9,7 @@ from amskv_jax.cli.console import print_line, progress
 from amskv_jax.cli.files import check_outputs, check_suffix
 from amskv_jax.cli.options import Dtype, ForceOption, StatsOption
 from amskv_jax.cli.policy import WithinBytes, plan_for, takes_policy
+from amskv_jax.embedded import find_checkpoint
 from amskv_jax.errors import UsageError
 from amskv_jax.files import replacing
 
@@ -25,7 +26,12 @@ def plan(
         str | None, typer.Option(help="Name of a known model, such as var-d30.")
     ] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Checkpoint to plan for, in place of a known model.")
+        Path | None,
+        typer.Option(
+            help="Checkpoint to plan for, in place of a known model.",
+            parser=find_checkpoint,
+            metavar="PATH",
+        ),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Pictures generated at once.")] = 1,
     dtype: Annotated[Dtype, typer.Option(help="Type of the cache.")] = Dtype.BFLOAT16,
