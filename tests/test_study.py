@@ -18,12 +18,10 @@ from amskv_jax.evaluation import devices as module
 from amskv_jax.evaluation.budgets import memory_report
 from amskv_jax.evaluation.cells import SECTIONS, order_cells, study_arms
 from amskv_jax.evaluation.drawing import Drawer
-from amskv_jax.evaluation.findings import closer_than_full
 from amskv_jax.evaluation.measures import Judge
 from amskv_jax.evaluation.render import render_study
 from amskv_jax.evaluation.results import add_cells, read_arrays
 from amskv_jax.evaluation.study import Conditions, Extent, run_study
-from amskv_jax.evaluation.summary import StudyResults
 from amskv_jax.files import read_json_lines
 from amskv_jax.pipeline import Pipeline
 
@@ -362,29 +360,6 @@ def test_report_names_what_is_missing(tmp_path):
     text = (tmp_path / "study.md").read_text()
     assert "Not run yet: `d/window-50%/seed7`." in text
     assert text.count("Not run yet") == 6  # and the five sections that nobody asked for
-
-
-def test_lower_distance_than_the_full_cache_is_explained():
-    def record(section, label, seed, distance, recall):
-        return {
-            "name": f"{section}/{label}/seed{seed}",
-            "section": section,
-            "label": label,
-            "position": 0,
-            "seed": seed,
-            "frechet_distance": distance,
-            "recall": recall,
-            "precision": 0.7,
-        }
-
-    full = [record("full", "full", seed, distance, 0.4) for seed, distance in ((0, 2.0), (1, 2.1))]
-    better = record("c", "ams 70%", 0, 1.5, 0.5)
-    within_noise = record("d", "h2o 50%", 0, 1.98, 0.6)
-    text = closer_than_full(StudyResults((*full, better, within_noise)))
-    assert "ams 70% (-25.0%). The full cache has precision 0.700 and recall 0.400" in text
-    assert "these have recall 0.500 to 0.500" in text
-    assert closer_than_full(StudyResults((*full, within_noise))) == ""
-    assert closer_than_full(StudyResults((full[0], better))) == ""  # noise is not known
 
 
 def test_report_command(amskv, whole, tmp_path):
