@@ -113,6 +113,9 @@ def run_study(
     is measured. Cells with equal plans, dtype and seed are drawn once. The full cache's pictures of
     a seed come before all others of the seed, which are compared with them.
 
+    On NVIDIA GPUs, XLA must not record CUDA graphs, which fails while other threads compile: set
+    ``XLA_FLAGS=--xla_gpu_enable_command_buffer=`` before JAX looks for devices.
+
     Args:
       conditions: see there.
       extent: see there.
