@@ -36,16 +36,12 @@ def find_checkpoint(name: str | os.PathLike[str] | None) -> Path:
         name = DEFAULT_MODEL
         if name not in embedded_models():
             raise AmskvError(f"the model {name} is not in {WEIGHTS}: install the package again")
-    if str(name) in embedded_models() and not Path(name).exists():
-        return WEIGHTS / f"{str(name).replace('-', '_')}.safetensors"
-    return Path(name)
+    return _find(name, WEIGHTS, ".safetensors")
 
 
 def find_stats(name: str | os.PathLike[str]) -> Path:
     """Return where layer statistics are: ``name`` is their file, or that of an embedded model."""
-    if str(name) in embedded_models() and not Path(name).exists():
-        return WEIGHTS / "stats" / f"{str(name).replace('-', '_')}.npz"
-    return Path(name)
+    return _find(name, WEIGHTS / "stats", ".npz")
 
 
 def find_classifier(classes: Sequence[str]) -> Path:
@@ -64,3 +60,10 @@ def find_classifier(classes: Sequence[str]) -> Path:
             "train classifier`, and give its file with --classifier"
         )
     return WEIGHTS / "classifiers" / file
+
+
+def _find(name: str | os.PathLike[str], folder: Path, suffix: str) -> Path:
+    """Return an embedded model's file in ``folder``; a path stays what it is, and comes first."""
+    if str(name) in embedded_models() and not Path(name).exists():
+        return folder / f"{str(name).replace('-', '_')}{suffix}"
+    return Path(name)
