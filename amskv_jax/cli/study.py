@@ -1,6 +1,5 @@
 """``amskv study``: what every policy costs in quality."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,8 +28,6 @@ app = typer.Typer(
     help="Measure every policy on a trained model, and write the report.", no_args_is_help=True
 )
 
-CUDA_GRAPHS = "--xla_gpu_enable_command_buffer"
-"""XLA's flag: what may become part of a CUDA graph."""
 REPORT_HELP = "Write the report here (.md), its pictures into a folder beside it."
 
 
@@ -62,7 +59,9 @@ def run(
         float | None, typer.Option(help="Seconds after which no further cell begins.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures generated at once.")] = 500,
-    compilers: Annotated[int, typer.Option(min=1, help="Programs compiled at a time.")] = 6,
+    compilers: Annotated[
+        int, typer.Option(min=1, help="Programs compiled at a time, before they draw.")
+    ] = 6,
     cfg: GuidanceOption = None,
     top_k: TopKOption = 900,
     top_p: TopPOption = 0.96,
@@ -92,7 +91,6 @@ def run(
 
     if compilation_cache:
         use_compilation_cache()
-    _forbid_cuda_graphs()
     network = load_classifier(classifier or find_classifier(read_info(checkpoint).classes))
     check_picture_count(num, network.dimension)
     extent = Extent(
@@ -128,17 +126,6 @@ def run(
         print_line(f"time is up: {len(left)} cells are left, start the study again to go on")
     if report:
         write(out, report)
-
-
-def _forbid_cuda_graphs() -> None:
-    """Keep XLA from recording CUDA graphs; to be called before JAX looks for devices.
-
-    A study compiles while it draws, and a recording fails, or crashes the process, when another
-    thread loads or times kernels meanwhile.
-    """
-    flags = os.environ.get("XLA_FLAGS", "")
-    if CUDA_GRAPHS not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {CUDA_GRAPHS}=".strip()
 
 
 @app.command("report")

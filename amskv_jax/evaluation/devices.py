@@ -1,8 +1,14 @@
-"""Programs on all local devices: each is compiled for one of them, where the weights are put."""
+"""Programs on all local devices: compiled side by side, then run by one thread per device.
+
+A device is never used by two threads, and nothing is compiled while a device draws. On NVIDIA GPUs
+anything else draws wrong pictures: when a program first runs, cuDNN loads its kernels under a
+capture of the stream on which XLA runs everything on that device, and whatever another thread
+launches there meanwhile is recorded instead of run, often without an error.
+"""
 
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
@@ -19,6 +25,9 @@ from amskv_jax.plan import RetentionPlan
 Key = tuple[RetentionPlan, str]
 """Plan and dtype: what has to be compiled once."""
 
+FAILURES = (ValueError, RuntimeError)
+"""What compiling and running raise: of a plan, or of the device."""
+
 
 def program_key(arm: Arm) -> Key:
     """Return what the programs of two arms have in common if they are the same program."""
@@ -26,38 +35,26 @@ def program_key(arm: Arm) -> Key:
 
 
 @dataclass(frozen=True, eq=False)
-class Compiled:
-    """What a program needs to draw on its device."""
+class Program:
+    """What draws an arm's pictures, on one device.
+
+    Attributes:
+      device: where; to be used by one thread at a time.
+      drawer: compiled for it.
+      params: the weights, on it.
+    """
 
     device: jax.Device
     drawer: Drawer
     params: Any
 
     def draw(self, seed: int, count: int, cfg: float) -> np.ndarray:
-        """Return the first pictures of a seed, see ``Drawer.draw``; in any thread."""
-        with jax.default_device(self.device):
-            return self.drawer.draw(self.params, seed, 0, count, cfg)
+        """Return the first pictures of a seed, see ``Drawer.draw``."""
+        return self.drawer.draw(self.params, seed, 0, count, cfg)
 
 
-@dataclass(frozen=True, eq=False)
-class Program:
-    """A program that is compiled, or will be.
-
-    Attributes:
-      device: for which.
-      compiled: available once the compiler is done.
-    """
-
-    device: jax.Device
-    compiled: Future[Compiled]
-
-
-class Programs:
-    """Compiles programs in other threads, for all local devices in turn.
-
-    Attributes:
-      devices: all local devices.
-    """
+class Compiler:
+    """Compiles programs, for all local devices in turn."""
 
     def __init__(
         self,
@@ -65,51 +62,33 @@ class Programs:
         load: Callable[[str], Pipeline],
         sampler: Callable[[Arm], Sampler],
         batch: int,
-        compilers: int,
     ) -> None:
-        """Start with no program.
+        """Compile nothing yet.
 
         Args:
           model: the model with weights of the usual dtype, on the default device.
           load: returns it with weights of another dtype, on the default device.
           sampler: returns what draws an arm's pictures.
           batch: pictures drawn at once.
-          compilers: programs compiled at the same time.
         """
-        self.devices = jax.local_devices()
-        self._turns = cycle(self.devices)
+        self._turns = cycle(jax.local_devices())
         self._model, self._load, self._sampler, self._batch = model, load, sampler, batch
-        self._pool = ThreadPoolExecutor(compilers, thread_name_prefix="compile")
-        self._programs: dict[Key, Program] = {}
         self._weights: dict[tuple[str, jax.Device], Any] = {}
         self._loading = threading.Lock()
 
-    def of(self, arm: Arm) -> Program:
-        """Return the program of an arm; the first call starts to compile it."""
-        key = program_key(arm)
-        if key not in self._programs:
-            device = next(self._turns)
-            self._programs[key] = Program(device, self._pool.submit(self._compile, arm, device))
-        return self._programs[key]
+    def compile(self, arms: Sequence[Arm]) -> dict[Key, Program | Exception]:
+        """Compile the programs of these arms at the same time; return them, or why they failed."""
+        with ThreadPoolExecutor(len(arms), "compile") as pool:
+            programs = pool.map(self._try, arms, [next(self._turns) for _ in arms])
+            return {program_key(arm): program for arm, program in zip(arms, programs, strict=True)}
 
-    def compiling(self) -> list[Future[Any]]:
-        """Return the programs which are not compiled yet."""
-        compiled = [program.compiled for program in self._programs.values()]
-        return [future for future in compiled if not future.done()]
-
-    def keep_only(self, keys: set[Key]) -> None:
-        """Forget all other programs, so that the devices are rid of them."""
-        for key in self._programs.keys() - keys:
-            del self._programs[key]
-
-    def close(self) -> None:
-        """Compile nothing more."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
-    def _compile(self, arm: Arm, device: jax.Device) -> Compiled:
-        params = self._params(arm.dtype, device)
-        with jax.default_device(device):
-            return Compiled(device, Drawer(self._sampler(arm), params, self._batch), params)
+    def _try(self, arm: Arm, device: jax.Device) -> Program | Exception:
+        try:
+            params = self._params(arm.dtype, device)
+            with jax.default_device(device):
+                return Program(device, Drawer(self._sampler(arm), params, self._batch), params)
+        except FAILURES as error:
+            return error
 
     def _params(self, dtype: str, device: jax.Device) -> Any:
         """Return the weights on a device; they are put there once, and only if they are needed."""
@@ -118,3 +97,28 @@ class Programs:
                 model = self._model if dtype == self._model.dtype else self._load(dtype)
                 self._weights[dtype, device] = jax.device_put(model.params, device)
             return self._weights[dtype, device]
+
+
+def run_on_devices(tasks: Iterable[tuple[jax.Device, Callable[[], object]]]) -> None:
+    """Run tasks: those of one device one after the other, those of different ones side by side.
+
+    If one raises, or the user interrupts, no further one begins, and the error is raised here.
+    """
+    queues: dict[jax.Device, list[Callable[[], object]]] = {}
+    for device, task in tasks:
+        queues.setdefault(device, []).append(task)
+    stopped = threading.Event()
+
+    def work(device: jax.Device, queue: list[Callable[[], object]]) -> None:
+        with jax.default_device(device):
+            for task in queue:
+                if stopped.is_set():
+                    return
+                task()
+
+    with ThreadPoolExecutor(max(1, len(queues)), "device") as pool:
+        try:
+            for ended in [pool.submit(work, *item) for item in queues.items()]:
+                ended.result()
+        finally:
+            stopped.set()

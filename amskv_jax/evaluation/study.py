@@ -6,10 +6,11 @@ A study lives in one directory: ``settings.json``, ``stats.npz`` (the calibratio
 drawn again if they are missing).
 """
 
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -21,7 +22,15 @@ from amskv_jax.errors import AmskvError
 from amskv_jax.evaluation.budgets import memory_report
 from amskv_jax.evaluation.calibration import load_or_calibrate
 from amskv_jax.evaluation.cells import Arm, Cell, full_arm, order_cells, study_arms
-from amskv_jax.evaluation.devices import Key, Programs, program_key
+from amskv_jax.evaluation.devices import (
+    FAILURES,
+    Compiler,
+    Key,
+    Program,
+    program_key,
+    run_on_devices,
+)
+from amskv_jax.evaluation.drawing import balanced_labels
 from amskv_jax.evaluation.measures import Judge
 from amskv_jax.evaluation.results import (
     Record,
@@ -30,7 +39,6 @@ from amskv_jax.evaluation.results import (
     read_arrays,
     write_arrays,
 )
-from amskv_jax.evaluation.workers import Task, Workers
 from amskv_jax.generate import Sampler
 from amskv_jax.pipeline import TOP_K, TOP_P, Pipeline
 from amskv_jax.sampling import TokenSampling
@@ -67,8 +75,8 @@ class Extent:
       sections: letters out of "abcdefg".
       seeds: the first is every section's.
       batch: pictures drawn at once.
-      compilers: programs compiled at the same time, while the devices draw.
-      stop_after: seconds after which no further cell begins.
+      compilers: programs compiled at the same time; what they draw comes before the next ones.
+      stop_after: seconds after which no further cell begins, and nothing more is compiled.
       only: run only cells whose names contain this text; the full cache is always run.
       attention: back end.
     """
@@ -94,6 +102,8 @@ class _Identity:
 
 Signature = tuple[Key, int]
 """Program and seed: cells of equal signatures have equal pictures."""
+Group = list[Cell]
+"""Cells of one signature."""
 
 
 def run_study(
@@ -108,13 +118,10 @@ def run_study(
 ) -> list[Cell]:
     """Run all cells which have no result yet, the most important first.
 
-    Programs are compiled in other threads, each for one of the local devices; a device that is
-    free draws the most important of the cells whose programs are ready there, while its cell before
-    is measured. Cells with equal plans, dtype and seed are drawn once. The full cache's pictures of
-    a seed come before all others of the seed, which are compared with them.
-
-    On NVIDIA GPUs, XLA must not record CUDA graphs, which fails while other threads compile: set
-    ``XLA_FLAGS=--xla_gpu_enable_command_buffer=`` before JAX looks for devices.
+    Programs are compiled a few at a time, in turn for all local devices, which then draw and
+    measure side by side, see ``devices``. Cells with equal plans, dtype and seed are drawn once.
+    The full cache's pictures of a seed come before all others of the seed, which are compared with
+    them.
 
     Args:
       conditions: see there.
@@ -138,10 +145,7 @@ def run_study(
     study = _Study(conditions, extent, load, judge, Path(directory), report)
     if held_out is not None:
         study.measure_real(held_out)
-    try:
-        return study.run(deadline)
-    finally:
-        study.close()
+    return study.run(deadline)
 
 
 class _Study:
@@ -168,19 +172,14 @@ class _Study:
         self.results = Results(directory / "results.jsonl")
         self.samples = read_arrays(directory / "samples.npz")
         self.samples["classes"] = np.array(self.model.classes, str)
-        self.programs = Programs(self.model, load, self._sampler, extent.batch, extent.compilers)
-        self.workers = Workers(
-            judge, conditions.num, self.model.transformer.num_classes, conditions.cfg
-        )
+        self.compiler = Compiler(self.model, load, self._sampler, extent.batch)
         self.full = full_arm(self.model.transformer, conditions.dtype)
+        self.labels = balanced_labels(0, conditions.num, self.model.transformer.num_classes)
         self.positions: dict[str, int] = {}
         self.originals: dict[int, np.ndarray] = {}
+        self.lost: dict[int, Exception] = {}
         self.failures: dict[str, str] = {}
-
-    def close(self) -> None:
-        """Begin nothing more in other threads."""
-        self.workers.close()
-        self.programs.close()
+        self.writing = threading.Lock()
 
     def measure_real(self, pixels: np.ndarray) -> None:
         """Measure real pictures; their labels are not known here, so no class accuracy."""
@@ -192,34 +191,60 @@ class _Study:
 
     def run(self, deadline: float) -> list[Cell]:
         """Run cells until all are done or time is up."""
-        self.pending = self._pending()
-        self.left = self.total = sum(cell.name not in self.results.records for cell in self.pending)
-        while self.pending or self.workers.running:
-            remaining = deadline - time.monotonic()
-            if remaining > 0:
-                compiling = self.programs.compiling()  # listed first, lest one finish unnoticed
-                self._begin()
-                wait([*compiling, *self.workers.running], min(60.0, remaining), FIRST_COMPLETED)
-            elif self.workers.running:
-                wait(self.workers.running, return_when=FIRST_COMPLETED)
-            else:
-                return [cell for cell in self.pending if cell.name not in self.results.records]
-            self._collect()
+        groups = self._groups()
+        arms = list({program_key(group[0].arm): group[0].arm for group in groups}.values())
+        for first in range(0, len(arms), self.extent.compilers):
+            if time.monotonic() >= deadline or (self.lost and not self.originals):
+                break
+            programs = self.compiler.compile(arms[first : first + self.extent.compilers])
+            own = [group for group in groups if program_key(group[0].arm) in programs]
+            for of_full in (True, False):
+                self._run(
+                    [group for group in own if (group[0].arm == self.full) == of_full],
+                    programs,
+                    deadline,
+                )
+        for group in groups:
+            if group[0].arm != self.full and group[0].seed in self.lost:
+                self._fail(group, self.lost[group[0].seed])
         if self.failures:
             lines = "".join(f"\n  {name}: {error}" for name, error in self.failures.items())
             raise AmskvError(f"{len(self.failures)} cells failed:{lines}")
-        return []
+        cells = (cell for group in groups for cell in group)
+        return [cell for cell in cells if cell.name not in self.results.records]
 
-    def _pending(self) -> list[Cell]:
-        """Return the cells to run, and start to compile their programs in order.
+    def _groups(self) -> list[Group]:
+        """Return the cells to run, those with equal pictures together, the most important first.
 
         These are the cells without a result, and the full cache's whose pictures are lost.
         """
-        conditions, extent = self.conditions, self.extent
-        self.programs.of(self.full)
-        stats = self._stats()
+        records = self.results.records
+        cells = self._cells()
+        add_cells(self.directory, (cell.name for cell in cells))
+        done = {_signature(cell): records[cell.name] for cell in cells if cell.name in records}
+        missing = [cell for cell in cells if cell.name not in records]
+        self.number, self.total = 0, len(missing)
+        groups: dict[Signature, Group] = {}
+        for cell in missing:
+            if twin := done.get(_signature(cell)):
+                self._finish(cell, self._copy(cell, twin), time.monotonic())
+            else:
+                groups.setdefault(_signature(cell), []).append(cell)
+        lost = []
+        for seed in dict.fromkeys(seed for _, seed in groups):
+            pixels = read_arrays(self._originals_path(seed)).get("arr_0")
+            full = Cell(self.full, seed)
+            if pixels is not None:
+                self.originals[seed] = pixels
+            elif full.name in records:
+                lost.append([full])
+        return [*lost, *groups.values()]
+
+    def _cells(self) -> list[Cell]:
+        """Return all cells that were asked for."""
+        extent, stats = self.extent, self._stats()
         arms, impossible = study_arms(
-            self.model.transformer, stats, extent.sections, conditions.dtype
+            self.model.transformer, stats, extent.sections, self.conditions.dtype
         )
         for one in impossible:
             if one.name not in self.results.records:
@@ -229,25 +254,11 @@ class _Study:
         for section in {arm.section for arm in arms}:
             own = [arm.name for arm in arms if arm.section == section]
             self.positions.update({name: position for position, name in enumerate(own)})
-        cells = [
+        return [
             cell
             for cell in order_cells(arms, extent.seeds)
             if extent.only in cell.name or cell.arm.section == "full"
         ]
-        add_cells(self.directory, (cell.name for cell in cells))
-        records = self.results.records
-        self.done = {_signature(c): records[c.name] for c in cells if c.name in records}
-        pending = [cell for cell in cells if cell.name not in records]
-        drawn = [cell for cell in pending if _signature(cell) not in self.done]
-        for cell in drawn:
-            self.programs.of(cell.arm)
-        for seed in {cell.seed for cell in drawn}:
-            pixels = read_arrays(self._originals_path(seed)).get("arr_0")
-            if pixels is not None:
-                self.originals[seed] = pixels
-        lost = {cell.seed for cell in drawn} - self.originals.keys()
-        again = [Cell(self.full, seed) for seed in extent.seeds if seed in lost]
-        return [cell for cell in again if cell.name in records] + pending
 
     def _sampler(self, arm: Arm) -> Sampler:
         conditions, model = self.conditions, self.model
@@ -260,78 +271,65 @@ class _Study:
             self.extent.attention,
         )
 
-    def _begin(self) -> None:
-        """Begin all cells that can be, the most important first."""
-        for cell in list(self.pending):
-            twin = self.done.get(_signature(cell))
-            if twin and cell.arm != self.full:
-                self.pending.remove(cell)
-                self._finish(cell, self._copy(cell, twin), time.monotonic())
-            elif self._is_ready(cell):
-                self.pending.remove(cell)
-                program = self.programs.of(cell.arm)
-                task = Task(cell, program.device, time.monotonic())
-                if cell.arm == self.full and cell.seed in self.originals:
-                    self.workers.measure(task, self.originals[cell.seed], None)
-                else:
-                    self.workers.draw(task, program)
+    def _run(
+        self, groups: list[Group], programs: dict[Key, Program | Exception], deadline: float
+    ) -> None:
+        tasks = []
+        for group in groups:
+            program = programs[program_key(group[0].arm)]
+            if isinstance(program, Program):
+                tasks.append((program.device, partial(self._run_one, group, program, deadline)))
+            else:
+                self._fail(group, program)
+        run_on_devices(tasks)
 
-    def _is_ready(self, cell: Cell) -> bool:
-        """Return whether all is there that a cell needs, and its device is free."""
-        if cell.arm == self.full and cell.seed in self.originals:
-            return True  # only to be measured
-        if cell.arm != self.full and cell.seed not in self.originals:
-            return False  # nothing to be compared with yet
-        program = self.programs.of(cell.arm)
-        if not program.compiled.done() or not self.workers.is_free(program.device):
-            return False
-        running = self.workers.running.values()  # perhaps a twin, which is copied soon
-        return all(_signature(task.cell) != _signature(cell) for task in running)
+    def _run_one(self, group: Group, program: Program, deadline: float) -> None:
+        """Draw and measure the pictures of a group, in the thread of its device."""
+        cell, start = group[0], time.monotonic()
+        is_full = cell.arm == self.full
+        if start >= deadline or not (is_full or cell.seed in self.originals):
+            return
+        try:
+            pixels = self.originals.get(cell.seed) if is_full else None
+            if pixels is None:
+                pixels = program.draw(cell.seed, self.conditions.num, self.conditions.cfg)
+            drawn = time.monotonic()
+            if is_full:
+                write_arrays(self._originals_path(cell.seed), {"arr_0": pixels})
+                self.originals[cell.seed] = pixels
+            if cell.name in self.results.records:
+                return  # it was only the originals that were lost
+            originals = None if is_full else self.originals[cell.seed]
+            figures = self.judge.figures(pixels, self.labels, originals)
+        except FAILURES as error:
+            self._fail(group, error)
+            return
+        own = {"draw_seconds": round(drawn - start, 2), "device_id": program.device.id}
+        with self.writing:
+            self._keep_samples(cell.name, pixels)
+            record = self._finish(cell, {**figures, **own}, start)
+            for twin in group[1:]:
+                self._finish(twin, self._copy(twin, record), time.monotonic())
 
-    def _collect(self) -> None:
-        """Take what has been drawn and measured."""
-        for task in self.workers.collect():
-            if task.error is not None:
-                self._fail(task.cell, task.error)
-                continue
-            assert task.pixels is not None
-            if task.figures is None:
-                self._measure(task, task.pixels)
-                continue
-            self._keep_samples(task.cell.name, task.pixels)
-            own = {"draw_seconds": round(task.draw_seconds, 2), "device_id": task.device.id}
-            self._finish(task.cell, {**task.figures, **own}, task.start)
-
-    def _measure(self, task: Task, pixels: np.ndarray) -> None:
-        """Begin to measure what was drawn, unless it is originals that were lost."""
-        cell = task.cell
-        if cell.arm == self.full:
-            write_arrays(self._originals_path(cell.seed), {"arr_0": pixels})
-            self.originals[cell.seed] = pixels
-        if cell.name not in self.results.records:
-            originals = None if cell.arm == self.full else self.originals[cell.seed]
-            self.workers.measure(task, pixels, originals)
-
-    def _finish(self, cell: Cell, figures: Record, start: float) -> None:
+    def _finish(self, cell: Cell, figures: Record, start: float) -> Record:
         record = self._describe(cell) | figures
         self.results.add(record)
-        self.done[_signature(cell)] = record
-        self.left -= 1
-        number, seconds = self.total - self.left, time.monotonic() - start
-        self.report(f"[{number}/{self.total}] {cell.name}: {_summary(record)}, {seconds:.1f} s")
-        wanted = {program_key(other.arm) for other in self.pending}
-        self.programs.keep_only(wanted | {program_key(self.full)})
+        self.number += 1
+        seconds = time.monotonic() - start
+        self.report(
+            f"[{self.number}/{self.total}] {cell.name}: {_summary(record)}, {seconds:.1f} s"
+        )
+        return record
 
-    def _fail(self, cell: Cell, error: Exception) -> None:
-        """Note that a cell failed, and all that had to be compared with it."""
-        failed = [cell]
-        if cell.arm == self.full and cell.seed not in self.originals:
-            failed += [other for other in self.pending if other.seed == cell.seed]
-            self.pending = [other for other in self.pending if other.seed != cell.seed]
-        for one in failed:
-            self.failures[one.name] = str(error).partition("\n")[0]
-            self.left -= one.name not in self.results.records
-            self.report(f"{one.name} failed: {self.failures[one.name]}")
+    def _fail(self, group: Group, error: Exception) -> None:
+        """Note that cells of equal pictures failed."""
+        message = str(error).partition("\n")[0]
+        with self.writing:
+            if group[0].arm == self.full and group[0].seed not in self.originals:
+                self.lost[group[0].seed] = error
+            for cell in group:
+                self.failures[cell.name] = message
+                self.report(f"{cell.name} failed: {message}")
 
     def _copy(self, cell: Cell, twin: Record) -> Record:
         """Return the figures of a cell with the same pictures."""
