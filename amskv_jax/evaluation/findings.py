@@ -45,18 +45,25 @@ def _dropped(results: StudyResults, arms: list[ArmResult]) -> list[str]:
         group = _by_harm(results, [arm for arm in counted if arm.label.split()[1] == count])
         sentences.append(f"Dropping {count}, least harmful first: {_list(results, group)}.")
         if len(group) == 3:
-            agrees = "intermediate" in group[0].label
-            sentences.append(
-                "The paper keeps the condensed and the local scales; here too the intermediate "
-                "ones are the least missed."
-                if agrees
-                else "The paper keeps the condensed and the local scales; here the intermediate "
-                "ones are not the least missed."
-            )
+            sentences.append(_on_intermediate(results, group))
     by_tokens = _by_harm(results, [arm for arm in arms if "tokens" in arm.label])
     if by_tokens:
         sentences.append(f"At about equal tokens: {_list(results, by_tokens)}.")
     return sentences
+
+
+def _on_intermediate(results: StudyResults, group: list[ArmResult]) -> str:
+    """Return how dropping intermediate scales compares with dropping condensed and local ones."""
+    own = next(arm for arm in group if "intermediate" in arm.label)
+    other = next(arm for arm in group if arm is not own)
+    lead = results.excess(other) - results.excess(own)
+    if abs(lead) <= (results.noise or 0.0):
+        outcome = f"here they are missed no more and no less than the {other.label.split()[2]} ones"
+    elif lead > 0:
+        outcome = "here too they are the least missed"
+    else:
+        outcome = f"here they are missed more than the {other.label.split()[2]} ones"
+    return f"The paper does without the intermediate scales; {outcome}."
 
 
 def _allocation(results: StudyResults, arms: list[ArmResult]) -> list[str]:
@@ -108,7 +115,8 @@ def verdict(results: StudyResults) -> str:
             best = max(free, key=lambda arm: arm.saving)
             lines.append(
                 f"- Of {title} {goal}, `{best.name}` ({best.saving:.1%}) saves most while losing "
-                f"at most {ALLOWED_LOSS:.0%} ({_percent(results.excess(best))})."
+                f"at most {ALLOWED_LOSS:.0%} ({_percent(results.excess(best))})"
+                f"{_accuracies(results, best)}."
             )
         elif group:
             best = _by_harm(results, group)[0]
@@ -118,6 +126,12 @@ def verdict(results: StudyResults) -> str:
                 f"{_percent(results.excess(best))})."
             )
     return "\n".join(lines)
+
+
+def _accuracies(results: StudyResults, arm: ArmResult) -> str:
+    """Return the accuracy beside the full cache's; the distance alone does not see it fall."""
+    own, full = arm.figure("class_accuracy"), results.full.figure("class_accuracy")
+    return f"; accuracy {own.mean:.1%}, full cache {full.mean:.1%}" if own and full else ""
 
 
 def closer_than_full(results: StudyResults) -> str:

@@ -2,8 +2,8 @@
 
 A study lives in one directory: ``settings.json``, ``stats.npz`` (the calibration), ``cells.json``
 (the names of all cells it was asked for), ``results.jsonl`` (a line per finished cell),
-``samples.npz`` (a few pictures of every cell) and ``originals-*.npz`` (the full cache's pictures,
-drawn again if they are missing).
+``samples.npz`` (a few pictures of the first seed's cells) and ``originals-*.npz`` (the full cache's
+pictures, drawn again if they are missing).
 """
 
 import threading
@@ -306,7 +306,8 @@ class _Study:
             return
         own = {"draw_seconds": round(drawn - start, 2), "device_id": program.device.id}
         with self.writing:
-            self._keep_samples(cell.name, pixels)
+            if cell.seed == self.extent.seeds[0]:
+                self._keep_samples(cell.name, pixels)
             record = self._finish(cell, {**figures, **own}, start)
             for twin in group[1:]:
                 self._finish(twin, self._copy(twin, record), time.monotonic())
