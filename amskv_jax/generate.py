@@ -50,6 +50,10 @@ class Sampler:
     The object is hashable and a static argument of ``jit``: calls with other labels, keys, guidance
     or weights of the same shapes do not compile again.
 
+    On NVIDIA GPUs with cuDNN attention, the first call of a sampler must have a device for itself:
+    cuDNN loads its kernels under a capture of the stream on which XLA runs everything there, and
+    what another thread of the process launches meanwhile is lost.
+
     Attributes:
       transformer: shape of the transformer.
       tokenizer: shape of the VQVAE.

@@ -1,4 +1,5 @@
 import shutil
+from pathlib import Path
 
 import chex
 import jax
@@ -144,6 +145,20 @@ def test_sample_without_a_checkpoint_compares_with_the_full_cache(embedding, ams
     half = panels[0].shape[1] // 2
     full = [panel[captions:, : half - 8] for panel in panels]
     np.testing.assert_array_equal(*full)
+
+
+def test_first_panel_is_on_the_sheet_while_the_second_is_drawn(embedding, amskv, monkeypatch):
+    def generate(sampler, params, labels, *settings):
+        if Path("amskv-sample.png").exists():
+            raise AmskvError("stopped while drawing the second panel")
+        count = len(labels)
+        return np.zeros((count, 5)), np.zeros((count, 12, 12, 3)), 1.0
+
+    monkeypatch.setattr("amskv_jax.cli.sample._generate", generate)
+    done = amskv("sample")
+    assert (done.code, "stopped while drawing the second panel" in done.err) == (1, True)
+    with Image.open("amskv-sample.png") as sheet:
+        assert sheet.width < 3 * sheet.height  # one panel of 5 x 2 pictures
 
 
 def test_commands_take_the_name_of_an_embedded_model(embedding, amskv):

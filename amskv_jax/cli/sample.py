@@ -153,9 +153,9 @@ def sample(
         heading = f"{name}: cache of {size}, {drawn}"
         print_line(f"{heading}: {len(classes) / seconds:.2f} per second")
         panels[heading] = contact_sheet(pictures, captions, num_per_label * (5 if compare else 1))
-    with replacing(out) as temporary:
-        sheet = side_by_side(panels) if compare else next(iter(panels.values()))
-        sheet.save(temporary)
+        sheet = side_by_side(panels) if compare else panels[heading]
+        with replacing(out) as temporary:  # after every panel, as the next one takes its time
+            sheet.save(temporary)
     print_line(f"wrote {out}")
     if save_tokens:
         with replacing(save_tokens) as temporary:
