@@ -255,6 +255,18 @@ def test_devices_share_the_cells(whole, tmp_path):
         )
 
 
+def test_nothing_begins_after_an_error():
+    device, begun = jax.devices()[0], []
+
+    def fail():
+        begun.append("fails")
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        module.run_on_devices([(device, fail), (device, lambda: begun.append("after"))])
+    assert begun == ["fails"]
+
+
 def draw_window(directory):
     """Run two cells with a model; return their devices."""
     directory.mkdir(exist_ok=True)

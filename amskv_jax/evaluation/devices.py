@@ -114,7 +114,11 @@ def run_on_devices(tasks: Iterable[tuple[jax.Device, Callable[[], object]]]) -> 
             for task in queue:
                 if stopped.is_set():
                     return
-                task()
+                try:
+                    task()
+                except BaseException:
+                    stopped.set()
+                    raise
 
     with ThreadPoolExecutor(max(1, len(queues)), "device") as pool:
         try:

@@ -293,8 +293,8 @@ class _Study:
             pixels = self.originals.get(cell.seed) if is_full else None
             if pixels is None:
                 pixels = program.draw(cell.seed, self.conditions.num, self.conditions.cfg)
-            drawn = time.monotonic()
-            if is_full:
+            seconds = time.monotonic() - start
+            if is_full and cell.seed not in self.originals:
                 write_arrays(self._originals_path(cell.seed), {"arr_0": pixels})
                 self.originals[cell.seed] = pixels
             if cell.name in self.results.records:
@@ -304,7 +304,7 @@ class _Study:
         except FAILURES as error:
             self._fail(group, error)
             return
-        own = {"draw_seconds": round(drawn - start, 2), "device_id": program.device.id}
+        own = {"draw_seconds": round(seconds, 2), "device_id": program.device.id}
         with self.writing:
             if cell.seed == self.extent.seeds[0]:
                 self._keep_samples(cell.name, pixels)
