@@ -1,4 +1,4 @@
-"""The study: its cells, its order, and that it survives being killed."""
+"""The study: what it runs and reports, and that it survives being killed."""
 
 import os
 import signal
@@ -13,13 +13,11 @@ import jax
 import numpy as np
 import pytest
 from reference_weights import recipe_params
-from test_evaluation import LARGE, TOKENIZER, TRANSFORMER, make_stats
+from test_evaluation import TOKENIZER, TRANSFORMER, make_stats
 from test_metrics import MeanColour
 
 from amskv_jax.errors import AmskvError, UsageError
 from amskv_jax.evaluation import devices as module
-from amskv_jax.evaluation.budgets import memory_report
-from amskv_jax.evaluation.cells import SECTIONS, order_cells, study_arms
 from amskv_jax.evaluation.drawing import Drawer
 from amskv_jax.evaluation.measures import Judge
 from amskv_jax.evaluation.render import render_study
@@ -30,77 +28,6 @@ from amskv_jax.pipeline import Pipeline
 
 CONDITIONS = Conditions(num=12, dtype="float32")
 EXTENT = Extent(sections="cdg", batch=5, compilers=2)
-
-
-@pytest.fixture(scope="module")
-def arms():
-    arms, impossible = study_arms(LARGE, make_stats(LARGE), "abcdefg")
-    assert not impossible
-    return {arm.name: arm for arm in arms}
-
-
-def saving(arm):
-    report = memory_report(arm.plan, LARGE)
-    return report.saving(report.full)
-
-
-def test_every_section_has_arms_with_names_of_their_own(arms):
-    assert {arm.section for arm in arms.values()} == {"full", *SECTIONS}
-    for name in arms:
-        assert name.count("/") == 1
-        assert " " not in name
-
-
-def test_arms_save_what_their_names_say(arms):
-    for name, arm in arms.items():
-        if arm.section in "cd":
-            target = float(arm.label.rpartition(" ")[2].rstrip("%")) / 100
-            assert target <= saving(arm) < target + 0.06, name
-
-
-def test_dropped_scales_are_never_cached(arms):
-    row = arms["a/drop-3-intermediate"].plan.rows[0]
-    assert [segment.scale for segment in row.keep[-1]] == [0, 1, 2, 6, 7, 8]
-    row = arms["a/drop-1-local"].plan.rows[0]
-    assert [segment.scale for segment in row.keep[-1]] == [0, 1, 2, 3, 4, 5, 6, 7]
-    row = arms["a/drop-1-condensed"].plan.rows[0]
-    assert [segment.scale for segment in row.keep[2]] == [1]
-
-
-def test_upside_down_gives_the_larger_capacity_to_as_many_other_layers(arms):
-    similar, wrong = (
-        {i for i, row in enumerate(arms[name].plan.rows) if row.capacity > 105}
-        for name in ("b/S2-by-similarity-105-274", "b/S2-upside-down-105-274")
-    )
-    assert len(similar) == len(wrong) > 0
-    assert min(similar) < min(wrong)  # in these statistics later layers are more similar
-    assert max(similar) < max(wrong)
-
-
-def test_theta_sweep_covers_all_numbers_of_demanding_layers(arms):
-    bytes_ = [
-        memory_report(arms[f"f/{count}-demanding-layers"].plan, LARGE).plan for count in range(7)
-    ]
-    assert bytes_ == sorted(set(bytes_))
-
-
-def test_other_dtype_costs_twice_the_bytes(arms):
-    full, other = arms["full/full"], arms["g/full-float32"]
-    sizes = [memory_report(arm.plan, LARGE, arm.dtype).plan for arm in (full, other)]
-    assert sizes[1] == 2 * sizes[0]
-
-
-def test_important_cells_come_first(arms):
-    cells = [cell.name for cell in order_cells(arms.values(), (3, 4))]
-    assert cells[:3] == ["full/full/seed3", "full/full/seed4", "c/ams-70.0%/seed3"]
-    order = ["c3", "c4", "d3", "d4", "a3", "b3", "b4", "f3", "e3", "g3", "a4", "f4", "e4", "g4"]
-    found = list(dict.fromkeys(name[0] + name[-1] for name in cells if "full/full/" not in name))
-    assert found == order
-
-
-def test_unknown_sections_are_refused():
-    with pytest.raises(UsageError, match="unknown sections 'cx'"):
-        study_arms(LARGE, make_stats(LARGE), "cx")
 
 
 class FakeDrawer:
@@ -308,8 +235,8 @@ def test_lost_originals_are_drawn_again(whole, tmp_path):
 
 def test_only_chosen_cells_run(tmp_path):
     run(tmp_path, extent=Extent(sections="cdg", only="d/window-75%", seeds=(1,), batch=5))
-    names = {r["name"] for r in read_json_lines(tmp_path / "results.jsonl") if "seed" in r}
-    assert names == {"full/full/seed1", "d/window-75%/seed1"}
+    names = [r["name"] for r in read_json_lines(tmp_path / "results.jsonl") if "seed" in r]
+    assert names == ["full/full/seed1", "d/window-75%/seed1"]
 
 
 def test_cells_that_fail_do_not_stop_the_others(whole, tmp_path, monkeypatch):
@@ -350,6 +277,15 @@ def test_all_fail_whose_originals_cannot_be_drawn(whole, tmp_path, monkeypatch):
     }
     run(tmp_path)
     assert comparable(tmp_path) == comparable(whole[0])
+
+
+def test_full_disk_stops_the_study(tmp_path, monkeypatch):
+    def write_arrays(path, arrays):
+        raise AmskvError(f"cannot write {path.name}: no space left")
+
+    monkeypatch.setattr("amskv_jax.evaluation.study.write_arrays", write_arrays)
+    with pytest.raises(AmskvError, match=r"^cannot write originals-seed0\.npz: no space left$"):
+        run(tmp_path)
 
 
 def test_folder_of_another_study_is_refused(whole):

@@ -289,22 +289,29 @@ class _Study:
         is_full = cell.arm == self.full
         if start >= deadline or not (is_full or cell.seed in self.originals):
             return
+        pixels = self.originals.get(cell.seed) if is_full else None
         try:
-            pixels = self.originals.get(cell.seed) if is_full else None
             if pixels is None:
                 pixels = program.draw(cell.seed, self.conditions.num, self.conditions.cfg)
-            seconds = time.monotonic() - start
-            if is_full and cell.seed not in self.originals:
-                write_arrays(self._originals_path(cell.seed), {"arr_0": pixels})
-                self.originals[cell.seed] = pixels
-            if cell.name in self.results.records:
-                return  # it was only the originals that were lost
-            originals = None if is_full else self.originals[cell.seed]
+        except FAILURES as error:
+            self._fail(group, error)
+            return
+        seconds = time.monotonic() - start
+        if is_full and cell.seed not in self.originals:
+            write_arrays(self._originals_path(cell.seed), {"arr_0": pixels})
+            self.originals[cell.seed] = pixels
+        if cell.name not in self.results.records:  # else it was only the originals that were lost
+            own = {"draw_seconds": round(seconds, 2), "device_id": program.device.id}
+            self._measure(group, pixels, own, start)
+
+    def _measure(self, group: Group, pixels: np.ndarray, own: Record, start: float) -> None:
+        cell = group[0]
+        originals = None if cell.arm == self.full else self.originals[cell.seed]
+        try:
             figures = self.judge.figures(pixels, self.labels, originals)
         except FAILURES as error:
             self._fail(group, error)
             return
-        own = {"draw_seconds": round(seconds, 2), "device_id": program.device.id}
         with self.writing:
             if cell.seed == self.extent.seeds[0]:
                 self._keep_samples(cell.name, pixels)
