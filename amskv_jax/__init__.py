@@ -13,19 +13,21 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from amskv_jax.cache import CacheLayout, KVCache
-    from amskv_jax.checkpoint import CheckpointInfo, load_checkpoint, save_checkpoint
+    from amskv_jax.cache.layout import CacheLayout
+    from amskv_jax.cache.store import KVCache
+    from amskv_jax.checkpoints.folder import CheckpointInfo, load_checkpoint, save_checkpoint
+    from amskv_jax.checkpoints.initialize import init_checkpoint
     from amskv_jax.configs import ModelConfig
     from amskv_jax.convert import convert_var, export_var
     from amskv_jax.errors import AmskvError, UsageError
     from amskv_jax.generate import Sampler, Samples, picture_keys
-    from amskv_jax.initialize import init_checkpoint
-    from amskv_jax.memory import CacheGeometry, MemoryReport
-    from amskv_jax.models.config import VARConfig, VQVAEConfig
-    from amskv_jax.models.var import VAR
-    from amskv_jax.models.vqvae import VQVAE
+    from amskv_jax.models.var.config import VARConfig, VQVAEConfig
+    from amskv_jax.models.var.transformer import VAR
+    from amskv_jax.models.var.vqvae import VQVAE
     from amskv_jax.pipeline import Pipeline, load
-    from amskv_jax.plan import RetentionPlan
+    from amskv_jax.plan.memory import CacheGeometry, MemoryReport
+    from amskv_jax.plan.retention import RetentionPlan
+    from amskv_jax.plan.stats import LayerStats
     from amskv_jax.policies import (
         AMSKV,
         H2O,
@@ -39,26 +41,25 @@ if TYPE_CHECKING:
     )
     from amskv_jax.sampling import TokenSampling
     from amskv_jax.schedule import ScaleSchedule
-    from amskv_jax.stats import LayerStats
 
 __version__ = version("amskv-jax")
 
 _MODULE_OF = {
     name: module
     for module, names in {
-        "cache": ("CacheLayout", "KVCache"),
-        "checkpoint": ("CheckpointInfo", "load_checkpoint", "save_checkpoint"),
+        "cache.layout": ("CacheLayout", "KVCache"),
+        "checkpoints.folder": ("CheckpointInfo", "load_checkpoint", "save_checkpoint"),
         "configs": ("ModelConfig",),
         "convert": ("convert_var", "export_var"),
         "errors": ("AmskvError", "UsageError"),
         "generate": ("Sampler", "Samples", "picture_keys"),
-        "initialize": ("init_checkpoint",),
-        "memory": ("CacheGeometry", "MemoryReport"),
-        "models.config": ("VARConfig", "VQVAEConfig"),
-        "models.var": ("VAR",),
-        "models.vqvae": ("VQVAE",),
+        "checkpoints.initialize": ("init_checkpoint",),
+        "plan.memory": ("CacheGeometry", "MemoryReport"),
+        "models.var.config": ("VARConfig", "VQVAEConfig"),
+        "models.var.transformer": ("VAR",),
+        "models.var.vqvae": ("VQVAE",),
         "pipeline": ("Pipeline", "load"),
-        "plan": ("RetentionPlan",),
+        "plan.retention": ("RetentionPlan",),
         "policies": (
             "AMSKV",
             "H2O",
@@ -72,7 +73,7 @@ _MODULE_OF = {
         ),
         "sampling": ("TokenSampling",),
         "schedule": ("ScaleSchedule",),
-        "stats": ("LayerStats",),
+        "plan.stats": ("LayerStats",),
     }.items()
     for name in names
 }

@@ -1,7 +1,8 @@
 """Attention. Generation needs no masks: exact sizes decide what is visible."""
 
+from collections.abc import Callable
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,13 @@ import numpy as np
 from jax import lax
 
 from amskv_jax.errors import UsageError
+from amskv_jax.precision import precision_of
 
 Implementation = Literal["auto", "cudnn", "xla"]
+
+QKV = tuple[jax.Array, jax.Array, jax.Array]
+Attention = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+"""Maps queries, keys and values [rows, T, heads, head_dim] to the output and a carry."""
 
 LOGITS_BYTES, CPU_LOGITS_BYTES = 2**30, 2**22
 """Most bytes of float32 logits the XLA back end holds at once; more are computed in turn. On CPUs,
@@ -118,7 +124,7 @@ def attend_block_causal(
 
 
 def _exact(query: jax.Array, key: jax.Array, value: jax.Array, scale: float) -> jax.Array:
-    precision = lax.Precision.HIGHEST if query.dtype == jnp.float32 else None
+    precision = precision_of(query.dtype)
     query, key, value = (jnp.swapaxes(x, -2, -3) for x in (query, key, value))
     logits = jnp.einsum(
         "...td,...sd->...ts",

@@ -17,7 +17,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from amskv_jax.attention import choose_implementation
-from amskv_jax.checkpoint import param_shapes
+from amskv_jax.checkpoints.folder import param_shapes
 from amskv_jax.errors import AmskvError
 from amskv_jax.generate import Sampler, picture_keys
 

@@ -12,14 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from amskv_jax.cache import KVCache, Slots, StaticSlots
+from amskv_jax.attention import QKV
+from amskv_jax.cache.layout import Slots
+from amskv_jax.cache.static import StaticSlots
+from amskv_jax.cache.store import KVCache
 from amskv_jax.errors import UsageError
 from amskv_jax.generate import Sampler
+from amskv_jax.plan.stats import TOP_COUNTS, LayerStats
 from amskv_jax.policies.full import Full
 from amskv_jax.schedule import ScaleSchedule
 from amskv_jax.similarity import key_similarity
-from amskv_jax.stack import QKV
-from amskv_jax.stats import TOP_COUNTS, LayerStats
 
 CHUNK_BYTES = 2**28
 """Most bytes of float32 attention probabilities that are held at once: one chunk of queries."""

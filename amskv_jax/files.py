@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from amskv_jax.errors import AmskvError
+from amskv_jax.errors import AmskvError, UsageError
 
 
 @contextmanager
@@ -36,3 +38,91 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return entries
+
+
+def check_settings(path: Path, settings: Any) -> None:
+    """Write a run's settings into its directory, or compare them with those which are there.
+
+    Args:
+      path: the JSON file.
+      settings: a dataclass.
+
+    Raises:
+      UsageError: if the directory holds a run with other settings.
+    """
+    expected = json.loads(json.dumps(asdict(settings)))
+    if not path.exists():
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(expected, indent=2) + "\n")
+        return
+    found = json.loads(path.read_text())
+    if found != expected:
+        names = (f"{name} (there {a}, now {b})" for name, a, b in _differences(found, expected))
+        raise UsageError(
+            f"{path.parent} holds a run with other settings: {', '.join(names)}; "
+            "choose another directory or go back to those settings"
+        )
+
+
+def _differences(found: Any, expected: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Return name, first and second value of every leaf in which two JSON objects differ."""
+    if not (isinstance(found, dict) and isinstance(expected, dict)):
+        return [] if found == expected else [(prefix, found, expected)]
+    return [
+        difference
+        for name in sorted(found.keys() | expected.keys())
+        for difference in _differences(
+            found.get(name), expected.get(name), f"{prefix}.{name}" if prefix else name
+        )
+    ]
+
+
+def check_new_directory(directory: Path) -> None:
+    """Raise an AmskvError unless ``directory`` can be made: it must not exist, or be empty."""
+    if directory.is_dir() and not any(directory.iterdir()):
+        return
+    if directory.exists():
+        raise AmskvError(f"{directory} exists: remove it, or choose another output folder")
+
+
+@contextmanager
+def new_directory(directory: Path, num_bytes: int) -> Iterator[Path]:
+    """Yield a temporary folder which takes the name ``directory`` when all went well.
+
+    Args:
+      directory: the folder to make, see ``check_new_directory``.
+      num_bytes: what will be written, to refuse at once if the disk is too full.
+
+    Raises:
+      AmskvError: if the folder exists, or writing fails; nothing is left behind.
+    """
+    directory = directory.absolute()
+    check_new_directory(directory)
+    temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise AmskvError(f"cannot write {directory}: {error}") from error
+    try:
+        free = shutil.disk_usage(temporary).free
+        if free < num_bytes:
+            raise AmskvError(
+                f"cannot write {directory}: it needs {num_bytes / 2**30:.2f} GiB, "
+                f"the disk has {free / 2**30:.2f} GiB left"
+            )
+        yield temporary
+        temporary.rename(directory)
+    except AmskvError:
+        raise
+    except (OSError, ValueError) as error:  # tensorstore reports a full disk as a ValueError
+        raise AmskvError(f"cannot write {directory}: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # gone already if it was renamed
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file and wait until it is on the disk."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())

@@ -10,15 +10,15 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from amskv_jax.attention import Implementation
-from amskv_jax.cache import CacheLayout
+from amskv_jax.attention import Attention, Implementation
+from amskv_jax.cache.layout import CacheLayout
+from amskv_jax.cache.stack import Observer, apply_blocks
 from amskv_jax.errors import AmskvError
-from amskv_jax.models.config import VARConfig, VQVAEConfig
-from amskv_jax.models.var import VAR, Block
-from amskv_jax.models.vqvae import VQVAE
-from amskv_jax.plan import RetentionPlan
+from amskv_jax.models.var.config import VARConfig, VQVAEConfig
+from amskv_jax.models.var.transformer import VAR, Block
+from amskv_jax.models.var.vqvae import VQVAE
+from amskv_jax.plan.retention import RetentionPlan
 from amskv_jax.sampling import TokenSampling, draw, filter_logits, guide, smooth_mixture
-from amskv_jax.stack import Attention, Observer, apply_blocks
 
 DECODED_PIXELS = 16 * 256 * 256
 """Pictures are decoded in chunks of about this many pixels: the decoder's activations are large."""

@@ -9,15 +9,15 @@ import jax
 import numpy as np
 
 from amskv_jax.attention import Implementation
-from amskv_jax.checkpoint import load_checkpoint
-from amskv_jax.checkpoint_info import GUIDANCE, CheckpointInfo
-from amskv_jax.embedded import find_checkpoint
+from amskv_jax.checkpoints.embedded import find_checkpoint
+from amskv_jax.checkpoints.folder import load_checkpoint
+from amskv_jax.checkpoints.info import GUIDANCE, CheckpointInfo
 from amskv_jax.errors import AmskvError, UsageError
 from amskv_jax.generate import Sampler, Samples, picture_keys
-from amskv_jax.models.config import VARConfig, VQVAEConfig
+from amskv_jax.models.var.config import VARConfig, VQVAEConfig
+from amskv_jax.plan.stats import LayerStats
 from amskv_jax.policies import Full, Policy
 from amskv_jax.sampling import TokenSampling
-from amskv_jax.stats import LayerStats
 
 TOP_K, TOP_P = 900, 0.96
 """Top-k and top-p unless given: those with which VAR's authors show pictures."""

@@ -1,7 +1,7 @@
 """The embedded default model: CIFAR-10, 32 pixels, with VAR's 680 tokens in ten scales."""
 
 from amskv_jax.configs import ModelConfig
-from amskv_jax.models.config import VARConfig, VQVAEConfig
+from amskv_jax.models.var.config import VARConfig, VQVAEConfig
 from amskv_jax.training.config import Optimization, Run, TokenizerTraining, TransformerTraining
 
 CONFIG = ModelConfig(

@@ -1,7 +1,7 @@
 """VAR-d16, 256 pixels (arXiv 2404.02905)."""
 
 from amskv_jax.configs import ModelConfig
-from amskv_jax.models.config import VARConfig, VQVAEConfig
+from amskv_jax.models.var.config import VARConfig, VQVAEConfig
 
 CONFIG = ModelConfig(
     name="var-d16",

@@ -1,7 +1,7 @@
 """VAR-d36, 512 pixels, one adaptive-norm projection for all blocks (arXiv 2404.02905)."""
 
 from amskv_jax.configs import ModelConfig
-from amskv_jax.models.config import VARConfig, VQVAEConfig
+from amskv_jax.models.var.config import VARConfig, VQVAEConfig
 from amskv_jax.schedule import VAR_512
 
 CONFIG = ModelConfig(

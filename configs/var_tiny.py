@@ -1,7 +1,7 @@
 """A model for tests and first steps: it compiles in seconds and draws 64-pixel pictures."""
 
 from amskv_jax.configs import ModelConfig
-from amskv_jax.models.config import VARConfig, VQVAEConfig
+from amskv_jax.models.var.config import VARConfig, VQVAEConfig
 from amskv_jax.schedule import ScaleSchedule
 
 SCHEDULE = ScaleSchedule.square((1, 2, 3, 4))

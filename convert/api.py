@@ -10,12 +10,10 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from amskv_jax.checkpoint import (
+from amskv_jax.checkpoints.folder import (
     CheckpointInfo,
     PartConfig,
     check_configs,
-    check_new_directory,
-    new_directory,
     read_info,
     read_params,
     save_checkpoint,
@@ -25,7 +23,8 @@ from amskv_jax.convert import var, vqvae
 from amskv_jax.convert.architecture import Architecture
 from amskv_jax.convert.read import Source, read_state_dict
 from amskv_jax.convert.table import StateDict
-from amskv_jax.models.config import VARConfig, VQVAEConfig
+from amskv_jax.files import check_new_directory, new_directory
+from amskv_jax.models.var.config import VARConfig, VQVAEConfig
 
 Progress = Callable[[str, float], None]
 """Told what is being done and how much of it is done, from 0 to 1."""

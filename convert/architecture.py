@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from amskv_jax.checkpoint import describe_differences, storage_dtype
+from amskv_jax.checkpoints.folder import describe_differences, storage_dtype
 from amskv_jax.convert.table import Shape, StateDict, Table
 from amskv_jax.errors import AmskvError
 

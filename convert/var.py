@@ -9,7 +9,7 @@ import numpy as np
 from amskv_jax.convert.architecture import Architecture, count, rows
 from amskv_jax.convert.table import LINEAR, Rule, Shape, StateDict, Table, module, squeeze
 from amskv_jax.errors import AmskvError
-from amskv_jax.models.config import VARConfig
+from amskv_jax.models.var.config import VARConfig
 from amskv_jax.schedule import VAR_256, VAR_512, ScaleSchedule
 
 BLOCK = "blocks.{layer}"

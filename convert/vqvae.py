@@ -9,7 +9,7 @@ import numpy as np
 from amskv_jax.convert.architecture import Architecture, count, rows
 from amskv_jax.convert.table import CONVOLUTION, Rule, Shape, StateDict, Table, module, norm
 from amskv_jax.errors import AmskvError
-from amskv_jax.models.config import VQVAEConfig
+from amskv_jax.models.var.config import VQVAEConfig
 from amskv_jax.schedule import VAR_256, ScaleSchedule
 
 # {side} is encoder or decoder; {way} down or up.

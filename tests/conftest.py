@@ -22,8 +22,8 @@ from reference_weights import recipe_state
 from safetensors.numpy import save_file
 from small_models import SMALL, TOKENIZER, TRANSFORMER
 
+from amskv_jax.checkpoints.initialize import init_checkpoint
 from amskv_jax.cli import main
-from amskv_jax.initialize import init_checkpoint
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from amskv_jax.plan.stats import LayerStats
 from amskv_jax.schedule import VAR_256
-from amskv_jax.stats import LayerStats
 
 
 def make_stats(similarity, schedule=VAR_256, density=None):

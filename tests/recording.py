@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from amskv_jax.cache import slots_of
+from amskv_jax.cache.layout import slots_of
+from amskv_jax.checkpoints.initialize import random_params
 from amskv_jax.configs import ModelConfig
 from amskv_jax.generate import Sampler, picture_keys
-from amskv_jax.initialize import random_params
-from amskv_jax.models.config import VARConfig, VQVAEConfig
-from amskv_jax.rows import HeadRow, SelectingRow, StaticRow
+from amskv_jax.models.var.config import VARConfig, VQVAEConfig
+from amskv_jax.plan.rows import HeadRow, StaticRow
+from amskv_jax.plan.runtime_rows import SelectingRow
 
 
 @dataclass(frozen=True)

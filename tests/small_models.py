@@ -1,7 +1,7 @@
 """Models that compile in a second or two, shared by the tests of files, pipelines and commands."""
 
 from amskv_jax.configs import ModelConfig
-from amskv_jax.models.config import VARConfig, VQVAEConfig
+from amskv_jax.models.var.config import VARConfig, VQVAEConfig
 from amskv_jax.schedule import ScaleSchedule
 
 SCHEDULE = ScaleSchedule.square((1, 2, 3))

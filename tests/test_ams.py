@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from made_stats import make_stats
 from reference_weights import GOLDEN, recipe_params
 
+from amskv_jax.cache.online import DecisionObserver, OnlineCache, OnlineSlots
 from amskv_jax.generate import Sampler, picture_keys
-from amskv_jax.models.config import VARConfig, VQVAEConfig
-from amskv_jax.online import DecisionObserver, OnlineCache, OnlineRow, OnlineSlots
-from amskv_jax.plan import StaticRow
+from amskv_jax.models.var.config import VARConfig, VQVAEConfig
+from amskv_jax.plan.rows import StaticRow
+from amskv_jax.plan.runtime_rows import OnlineRow
 from amskv_jax.policies import AMSKV
 from amskv_jax.policies.walk import adaptive_walk, distinct_capacities
 from amskv_jax.sampling import TokenSampling

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from made_stats import make_stats, random_stats
 
 from amskv_jax.errors import AmskvError, UsageError
-from amskv_jax.memory import CacheGeometry, MemoryReport
-from amskv_jax.plan import RetentionPlan
+from amskv_jax.plan.memory import CacheGeometry, MemoryReport
+from amskv_jax.plan.retention import RetentionPlan
 from amskv_jax.policies import AMSKV
 from amskv_jax.policies.theta import automatic_theta
 from amskv_jax.schedule import VAR_256, VAR_512, ScaleSchedule

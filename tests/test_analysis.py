@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from amskv_jax.analysis import Analysis
 from amskv_jax.errors import AmskvError, UsageError
-from amskv_jax.heatmaps import FIGURES
+from amskv_jax.plan.stats import LayerStats
 from amskv_jax.policies import AMSKV
+from amskv_jax.reports.analysis import Analysis
+from amskv_jax.reports.heatmaps import FIGURES
 from amskv_jax.schedule import VAR_256, ScaleSchedule
-from amskv_jax.stats import LayerStats
 
 WIDE = ScaleSchedule(((1, 1), (2, 4), (4, 8), (8, 14), (10, 20), (14, 26), (18, 32), (22, 40)))
 DEMANDING = (0, 1, 2, 5)

@@ -11,16 +11,16 @@ from small_models import SCHEDULE, TOKENIZER, TRANSFORMER
 
 from amskv_jax import calibrate as calibration
 from amskv_jax.calibrate import AttentionObserver, attention_shares, calibrate
-from amskv_jax.checkpoint import read_info
+from amskv_jax.checkpoints.folder import read_info
 from amskv_jax.errors import AmskvError, UsageError
 from amskv_jax.generate import Sampler, picture_keys
-from amskv_jax.models.config import VARConfig, VQVAEConfig
+from amskv_jax.models.var.config import VARConfig, VQVAEConfig
 from amskv_jax.pipeline import load
+from amskv_jax.plan.stats import LayerStats
 from amskv_jax.policies import AMSKV, Full
 from amskv_jax.sampling import TokenSampling
 from amskv_jax.schedule import VAR_256, ScaleSchedule
 from amskv_jax.similarity import key_similarity
-from amskv_jax.stats import LayerStats
 
 PLAN = Full().plan(SCHEDULE, TRANSFORMER.depth)
 

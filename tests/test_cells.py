@@ -4,8 +4,8 @@ import pytest
 from test_evaluation import LARGE, make_stats
 
 from amskv_jax.errors import UsageError
-from amskv_jax.evaluation.budgets import memory_report
-from amskv_jax.evaluation.cells import SECTIONS, order_cells, study_arms
+from amskv_jax.policies.budgets import memory_report
+from amskv_jax.study.cells import SECTIONS, order_cells, study_arms
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ import pytest
 from checks import message
 from reference_weights import recipe_params, recipe_state
 
-from amskv_jax import checkpoint
-from amskv_jax.checkpoint import load_checkpoint, read_info, save_checkpoint
+from amskv_jax.checkpoints import folder as checkpoint
+from amskv_jax.checkpoints.folder import load_checkpoint, read_info, save_checkpoint
 from amskv_jax.convert import to_params
-from amskv_jax.models.config import VARConfig, VQVAEConfig
+from amskv_jax.models.var.config import VARConfig, VQVAEConfig
 from amskv_jax.schedule import ScaleSchedule
 
 SCHEDULE = ScaleSchedule.square((1, 2, 3))

@@ -13,8 +13,8 @@ from safetensors.numpy import load_file
 from small_models import SCHEDULE, SMALL
 
 from amskv_jax import configs
-from amskv_jax.checkpoint import load_checkpoint, read_info
-from amskv_jax.plan import RetentionPlan
+from amskv_jax.checkpoints.folder import load_checkpoint, read_info
+from amskv_jax.plan.retention import RetentionPlan
 from amskv_jax.policies import AMSKV, Sink
 
 

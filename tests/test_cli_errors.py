@@ -9,8 +9,8 @@ from PIL import Image
 from reference_weights import recipe_state
 from small_models import SCHEDULE, SMALL, VQVAE_FIELDS
 
-from amskv_jax import checkpoint as checkpoints
-from amskv_jax.models.config import VQVAEConfig
+from amskv_jax.checkpoints import folder as checkpoints
+from amskv_jax.models.var.config import VQVAEConfig
 from amskv_jax.policies import Full
 
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from training_helpers import SCHEDULE, TOKENIZER, TRANSFORMER, comparable, smooth_pictures
 
-from amskv_jax.checkpoint import load_checkpoint
+from amskv_jax.checkpoints.folder import load_checkpoint
 from amskv_jax.errors import UsageError
 from amskv_jax.training import tokens
 from amskv_jax.training.recipe import find_recipe, load_tokenizer

@@ -3,8 +3,14 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from amskv_jax import compression
-from amskv_jax.compression import SMALL, compress, decompress, read_compressed, write_compressed
+from amskv_jax.checkpoints import compression
+from amskv_jax.checkpoints.compression import (
+    SMALL,
+    compress,
+    decompress,
+    read_compressed,
+    write_compressed,
+)
 from amskv_jax.errors import AmskvError
 
 

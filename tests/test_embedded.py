@@ -10,15 +10,21 @@ from PIL import Image
 from small_models import SMALL
 
 import amskv_jax
-from amskv_jax import configs, embedded, packed
-from amskv_jax.checkpoint import fingerprint, load_checkpoint, read_info, save_checkpoint
-from amskv_jax.compression import compress, decompress
-from amskv_jax.embedded import embedded_models, find_checkpoint, find_classifier, find_stats
+from amskv_jax import configs
+from amskv_jax.checkpoints import embedded, packed
+from amskv_jax.checkpoints.compression import compress, decompress
+from amskv_jax.checkpoints.embedded import (
+    embedded_models,
+    find_checkpoint,
+    find_classifier,
+    find_stats,
+)
+from amskv_jax.checkpoints.folder import fingerprint, load_checkpoint, read_info, save_checkpoint
+from amskv_jax.checkpoints.initialize import random_params
+from amskv_jax.checkpoints.packed import pack_checkpoint, pack_model
 from amskv_jax.errors import AmskvError
 from amskv_jax.evaluation.classifier import load_classifier
-from amskv_jax.initialize import random_params
-from amskv_jax.packed import pack_checkpoint, pack_model
-from amskv_jax.stats import LayerStats
+from amskv_jax.plan.stats import LayerStats
 
 CONFIGS = {"transformer": SMALL.transformer, "tokenizer": SMALL.tokenizer}
 CLASSES = tuple(["plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"])

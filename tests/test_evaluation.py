@@ -8,21 +8,21 @@ import pytest
 from reference_weights import recipe_params
 from test_metrics import MeanColour
 
+from amskv_jax.drawing import Drawer, balanced_labels
 from amskv_jax.errors import AmskvError, UsageError
 from amskv_jax.evaluation import evaluate as module
-from amskv_jax.evaluation.budgets import BUDGETED, PolicyRequest, memory_report, policy_for_saving
-from amskv_jax.evaluation.drawing import Drawer, balanced_labels
 from amskv_jax.evaluation.evaluate import Evaluation, evaluate
 from amskv_jax.evaluation.measures import Judge
 from amskv_jax.evaluation.results import Results, read_arrays
 from amskv_jax.files import read_json_lines
 from amskv_jax.generate import picture_keys
-from amskv_jax.models.config import VARConfig, VQVAEConfig
+from amskv_jax.models.var.config import VARConfig, VQVAEConfig
 from amskv_jax.pipeline import Pipeline
+from amskv_jax.plan.stats import LayerStats
 from amskv_jax.policies import Window
+from amskv_jax.policies.budgets import BUDGETED, PolicyRequest, memory_report, policy_for_saving
+from amskv_jax.reports.sheet import to_uint8
 from amskv_jax.schedule import VAR_256, ScaleSchedule
-from amskv_jax.sheet import to_uint8
-from amskv_jax.stats import LayerStats
 
 SCHEDULE = ScaleSchedule.square((1, 2, 3))
 TRANSFORMER = VARConfig(2, 32, 2, SCHEDULE, num_classes=3, vocab_size=16, latent_channels=8)

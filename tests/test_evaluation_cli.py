@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 from test_evaluation import TOKENIZER, TRANSFORMER, pictures
 
+from amskv_jax.checkpoints.initialize import init_checkpoint
 from amskv_jax.configs import ModelConfig
 from amskv_jax.evaluation.classifier import Classifier, ClassifierConfig, save_classifier
-from amskv_jax.initialize import init_checkpoint
 
 
 @pytest.fixture(scope="module")

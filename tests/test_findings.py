@@ -2,8 +2,8 @@
 
 import pytest
 
-from amskv_jax.evaluation.findings import closer_than_full, finding, verdict
-from amskv_jax.evaluation.summary import StudyResults
+from amskv_jax.study.findings import closer_than_full, finding, verdict
+from amskv_jax.study.summary import StudyResults
 
 
 def record(section, label, seed, distance, recall=0.5, **more):

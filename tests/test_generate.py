@@ -11,8 +11,8 @@ from reference_weights import recipe_params
 from amskv_jax.attention import attend, choose_implementation
 from amskv_jax.errors import AmskvError, UsageError
 from amskv_jax.generate import Sampler, picture_keys
-from amskv_jax.models.config import VARConfig, VQVAEConfig
-from amskv_jax.plan import RetentionPlan
+from amskv_jax.models.var.config import VARConfig, VQVAEConfig
+from amskv_jax.plan.retention import RetentionPlan
 from amskv_jax.policies import AMSKV, Full, Window
 from amskv_jax.sampling import TokenSampling
 from amskv_jax.schedule import VAR_256, ScaleSchedule
@@ -69,7 +69,7 @@ def test_interleaved_layers_share_one_scan_and_change_nothing(params, monkeypatc
     # Six runs of layers are above the bound, so every layer picks its attention with a switch.
     policy = AMSKV(5, 9, 1, demanding_layers=(0, 2, 4))
     switched = sampler(policy, trace=True, decode=False)(params, LABELS, KEYS, 1.5)
-    monkeypatch.setattr("amskv_jax.stack.MAX_SCANS", 6)
+    monkeypatch.setattr("amskv_jax.cache.stack.MAX_SCANS", 6)
     separate = sampler(policy, trace=True, decode=False, attention="xla")(params, LABELS, KEYS, 1.5)
     np.testing.assert_allclose(switched.logits, separate.logits, atol=1e-5)
 

@@ -9,11 +9,12 @@ from recording import check_obeyed, draw_records, drive, read_mask
 from selecting_oracle import assert_reads, h2o_positions
 
 from amskv_jax.errors import AmskvError, UsageError
-from amskv_jax.plan import RetentionPlan, SelectingRow
+from amskv_jax.plan.retention import RetentionPlan
+from amskv_jax.plan.runtime_rows import SelectingRow
+from amskv_jax.plan.selectors import HeavyHitters, attention_mass
 from amskv_jax.policies import H2O
 from amskv_jax.policies.base import default_budget
 from amskv_jax.schedule import VAR_256, ScaleSchedule
-from amskv_jax.selectors import HeavyHitters, attention_mass
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 

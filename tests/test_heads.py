@@ -6,14 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from recording import check_obeyed, draw_records, drive
 
-from amskv_jax.cache import CacheLayout
+from amskv_jax.cache.layout import CacheLayout
 from amskv_jax.errors import AmskvError, UsageError
-from amskv_jax.memory import CacheGeometry, MemoryReport
-from amskv_jax.plan import HeadRow, RetentionPlan, StaticRow
+from amskv_jax.plan.memory import CacheGeometry, MemoryReport
+from amskv_jax.plan.retention import RetentionPlan
+from amskv_jax.plan.rows import HeadRow, StaticRow
+from amskv_jax.plan.stats import TOP_COUNTS, LayerStats
 from amskv_jax.policies import Full, Heads
 from amskv_jax.policies.heads import choose_blocks, head_mass, head_row
 from amskv_jax.schedule import VAR_256, ScaleSchedule
-from amskv_jax.stats import TOP_COUNTS, LayerStats
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 

@@ -31,7 +31,7 @@ assert "jax" not in sys.modules, "importing the package must not import JAX"
 import jax
 import amskv_jax.convert
 from amskv_jax import configs
-from amskv_jax.models.var import VAR
+from amskv_jax.models.var.transformer import VAR
 
 place = Path(sys.argv[1])
 for module in (amskv_jax, amskv_jax.convert, configs, sys.modules[VAR.__module__]):

@@ -8,10 +8,10 @@ import pytest
 from small_models import SCHEDULE, SMALL, TOKENIZER, TRANSFORMER
 
 import amskv_jax
-from amskv_jax.checkpoint import read_info
+from amskv_jax.checkpoints.folder import read_info
+from amskv_jax.checkpoints.initialize import random_params
 from amskv_jax.errors import AmskvError, UsageError
 from amskv_jax.generate import Sampler, picture_keys
-from amskv_jax.initialize import random_params
 from amskv_jax.pipeline import check_labels, model_configs
 from amskv_jax.policies import AMSKV, Full, Sink, Window
 from amskv_jax.sampling import TokenSampling

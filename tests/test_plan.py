@@ -9,12 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from amskv_jax.cache import CacheLayout, StaticSlots
+from amskv_jax.cache.layout import CacheLayout
+from amskv_jax.cache.static import StaticSlots
 from amskv_jax.errors import AmskvError, UsageError
-from amskv_jax.memory import GIB, CacheGeometry, MemoryReport
-from amskv_jax.plan import RetentionPlan, StaticRow
+from amskv_jax.plan.memory import CacheGeometry, MemoryReport
+from amskv_jax.plan.retention import RetentionPlan
+from amskv_jax.plan.rows import StaticRow
 from amskv_jax.policies import AMSKV, Explicit, Full, Sink, Window, policy_class
 from amskv_jax.schedule import VAR_256, VAR_512, ScaleSchedule
+from amskv_jax.words import GIB
 
 SMALL = ScaleSchedule.square((1, 2, 3, 4))
 

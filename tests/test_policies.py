@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 from recording import Recorder, check_obeyed, layer_records
 
-from amskv_jax.cache import CacheLayout
+from amskv_jax.cache.layout import CacheLayout
+from amskv_jax.checkpoints.initialize import random_params
 from amskv_jax.configs import ModelConfig
 from amskv_jax.generate import Sampler, picture_keys
-from amskv_jax.initialize import random_params
-from amskv_jax.memory import CacheGeometry, MemoryReport
-from amskv_jax.models.config import VARConfig, VQVAEConfig
+from amskv_jax.models.var.config import VARConfig, VQVAEConfig
+from amskv_jax.plan.memory import CacheGeometry, MemoryReport
+from amskv_jax.plan.stats import LayerStats
 from amskv_jax.policies import AMSKV, H2O, REGISTRY, Explicit, Full, Heads, ScaleKV, Sink, Window
 from amskv_jax.sampling import TokenSampling
 from amskv_jax.schedule import ScaleSchedule
-from amskv_jax.stats import LayerStats
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import typer
 
-from amskv_jax import embedded
+from amskv_jax.checkpoints import embedded
+from amskv_jax.checkpoints.packed import pack_checkpoint
 from amskv_jax.cli import app
-from amskv_jax.packed import pack_checkpoint
 from amskv_jax.policies import REGISTRY
 
 ROOT = Path(__file__).parent.parent

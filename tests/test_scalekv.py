@@ -12,12 +12,13 @@ from reference_weights import GOLDEN
 from selecting_oracle import assert_reads, observing_tokens, scalekv_positions
 
 from amskv_jax.errors import AmskvError, UsageError
-from amskv_jax.plan import RetentionPlan, SelectingRow
+from amskv_jax.plan.retention import RetentionPlan
+from amskv_jax.plan.runtime_rows import SelectingRow
+from amskv_jax.plan.selectors import WindowScores, best
+from amskv_jax.plan.stats import TOP_COUNTS, LayerStats
 from amskv_jax.policies import ScaleKV
 from amskv_jax.policies.scalekv import allocate, fitting_window, published_counts
 from amskv_jax.schedule import VAR_256, ScaleSchedule
-from amskv_jax.selectors import WindowScores, best
-from amskv_jax.stats import TOP_COUNTS, LayerStats
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 

@@ -16,15 +16,15 @@ from reference_weights import recipe_params
 from test_evaluation import TOKENIZER, TRANSFORMER, make_stats
 from test_metrics import MeanColour
 
+from amskv_jax.drawing import Drawer
 from amskv_jax.errors import AmskvError, UsageError
 from amskv_jax.evaluation import devices as module
-from amskv_jax.evaluation.drawing import Drawer
 from amskv_jax.evaluation.measures import Judge
-from amskv_jax.evaluation.render import render_study
 from amskv_jax.evaluation.results import add_cells, read_arrays
-from amskv_jax.evaluation.study import Conditions, Extent, run_study
 from amskv_jax.files import read_json_lines
 from amskv_jax.pipeline import Pipeline
+from amskv_jax.study.render import render_study
+from amskv_jax.study.study import Conditions, Extent, run_study
 
 CONDITIONS = Conditions(num=12, dtype="float32")
 EXTENT = Extent(sections="cdg", batch=5, compilers=2)
@@ -283,7 +283,7 @@ def test_full_disk_stops_the_study(tmp_path, monkeypatch):
     def write_arrays(path, arrays):
         raise AmskvError(f"cannot write {path.name}: no space left")
 
-    monkeypatch.setattr("amskv_jax.evaluation.study.write_arrays", write_arrays)
+    monkeypatch.setattr("amskv_jax.study.study.write_arrays", write_arrays)
     with pytest.raises(AmskvError, match=r"^cannot write originals-seed0\.npz: no space left$"):
         run(tmp_path)
 

@@ -17,7 +17,7 @@ from training_helpers import (
 )
 
 from amskv_jax.errors import AmskvError
-from amskv_jax.models.vqvae import VQVAE
+from amskv_jax.models.var.vqvae import VQVAE
 from amskv_jax.schedule import ScaleSchedule
 from amskv_jax.training.config import TokenizerTraining
 from amskv_jax.training.tokenizer import objective, train_tokenizer

@@ -21,8 +21,8 @@ from training_helpers import (
 
 from amskv_jax.errors import AmskvError
 from amskv_jax.models import var
-from amskv_jax.models.var import VAR
-from amskv_jax.models.vqvae import VQVAE
+from amskv_jax.models.var.transformer import VAR
+from amskv_jax.models.var.vqvae import VQVAE
 from amskv_jax.schedule import ScaleSchedule
 from amskv_jax.training.config import TransformerTraining
 from amskv_jax.training.tokens import TokenSet
@@ -128,7 +128,7 @@ def test_parts_that_do_not_fit_are_refused(tmp_path, changes, message):
 
 def test_default_model_is_small_enough_to_ship():
     from amskv_jax.configs import var_cifar10
-    from amskv_jax.models.var import VAR
+    from amskv_jax.models.var.transformer import VAR
 
     def create():
         model, tokenizer = var_cifar10.CONFIG.transformer, var_cifar10.CONFIG.tokenizer

@@ -10,10 +10,10 @@ import pytest
 from reference_weights import GOLDEN, recipe_params
 
 from amskv_jax.generate import Sampler, picture_keys
-from amskv_jax.models.config import VARConfig, VQVAEConfig
-from amskv_jax.models.var import VAR
-from amskv_jax.models.vqvae import VQVAE
-from amskv_jax.plan import RetentionPlan
+from amskv_jax.models.var.config import VARConfig, VQVAEConfig
+from amskv_jax.models.var.transformer import VAR
+from amskv_jax.models.var.vqvae import VQVAE
+from amskv_jax.plan.retention import RetentionPlan
 from amskv_jax.policies import Full
 from amskv_jax.sampling import TokenSampling
 from amskv_jax.schedule import VAR_256, VAR_512, ScaleSchedule

@@ -14,9 +14,9 @@ from reference_weights import GOLDEN, load_recipe, recipe_params
 
 from amskv_jax.convert.vqvae import TABLE
 from amskv_jax.errors import AmskvError
-from amskv_jax.models.config import VQVAEConfig
-from amskv_jax.models.quantizer import phi_indices
-from amskv_jax.models.vqvae import VQVAE
+from amskv_jax.models.var.config import VQVAEConfig
+from amskv_jax.models.var.quantizer import phi_indices
+from amskv_jax.models.var.vqvae import VQVAE
 from amskv_jax.schedule import VAR_256, VAR_512, ScaleSchedule
 
 TINY = VQVAEConfig(vocab_size=64, channels=32)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from amskv_jax.files import read_json_lines
-from amskv_jax.models.config import VARConfig, VQVAEConfig
+from amskv_jax.models.var.config import VARConfig, VQVAEConfig
 from amskv_jax.schedule import ScaleSchedule
 from amskv_jax.training.config import Optimization, Run, TokenizerTraining, TransformerTraining
 from amskv_jax.training.data import Pictures

@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
+from amskv_jax.checkpoints.embedded import find_stats
 from amskv_jax.cli.console import print_line, progress
 from amskv_jax.cli.files import check_outputs
 from amskv_jax.cli.options import ForceOption, parse_numbers
-from amskv_jax.embedded import find_stats
 from amskv_jax.files import replacing
 
 
@@ -40,9 +40,9 @@ def analyze(
     """
     numbers = parse_numbers(layers, "--layers") if layers is not None else None
 
-    from amskv_jax.analysis import Analysis  # noqa: PLC0415
-    from amskv_jax.heatmaps import FIGURES  # noqa: PLC0415
-    from amskv_jax.stats import LayerStats  # noqa: PLC0415
+    from amskv_jax.plan.stats import LayerStats  # noqa: PLC0415
+    from amskv_jax.reports.analysis import Analysis  # noqa: PLC0415
+    from amskv_jax.reports.heatmaps import FIGURES  # noqa: PLC0415
 
     analysis = Analysis(LayerStats.load(stats))
     chosen, tables = analysis.chosen_layers(numbers), analysis.tables()

@@ -53,8 +53,8 @@ def bench(
     from amskv_jax.benchmark import OutOfMemoryError, measure_in_new_process  # noqa: PLC0415
     from amskv_jax.generate import Sampler  # noqa: PLC0415
     from amskv_jax.pipeline import TOP_K, TOP_P  # noqa: PLC0415
+    from amskv_jax.plan.stats import LayerStats  # noqa: PLC0415
     from amskv_jax.sampling import TokenSampling  # noqa: PLC0415
-    from amskv_jax.stats import LayerStats  # noqa: PLC0415
 
     config = configs.get(model)
     shape = config.transformer.schedule, config.transformer.depth
@@ -110,7 +110,7 @@ def _print(results: dict[str, dict[str, Any]]) -> None:
     from rich.markup import escape  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
 
-    from amskv_jax.describe import byte_size  # noqa: PLC0415
+    from amskv_jax.words import byte_size  # noqa: PLC0415
 
     measured = [result for result in results.values() if "error" not in result]
     for device, attention in dict.fromkeys((r["device"], r["attention"]) for r in measured):

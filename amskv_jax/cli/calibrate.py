@@ -23,7 +23,7 @@ from amskv_jax.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from amskv_jax.stats import LayerStats
+    from amskv_jax.plan.stats import LayerStats
 
 
 def calibrate(
@@ -61,7 +61,7 @@ def calibrate(
     import numpy as np  # noqa: PLC0415
 
     from amskv_jax import calibrate as calibration  # noqa: PLC0415
-    from amskv_jax.checkpoint import read_info  # noqa: PLC0415
+    from amskv_jax.checkpoints.folder import read_info  # noqa: PLC0415
     from amskv_jax.generate import picture_keys  # noqa: PLC0415
     from amskv_jax.pipeline import check_labels, load, model_configs  # noqa: PLC0415
 
@@ -109,8 +109,8 @@ def _print_layers(stats: "LayerStats") -> None:
     from rich.box import SIMPLE_HEAD  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
 
-    from amskv_jax.describe import number_ranges  # noqa: PLC0415
     from amskv_jax.policies import AMSKV  # noqa: PLC0415
+    from amskv_jax.words import number_ranges  # noqa: PLC0415
 
     classes = AMSKV().classify(stats)
     if not classes.overflows:

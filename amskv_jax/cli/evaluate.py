@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from amskv_jax.checkpoints.embedded import find_classifier
 from amskv_jax.cli.compilation_cache import use_compilation_cache
 from amskv_jax.cli.console import make_console, print_line, progress
 from amskv_jax.cli.options import (
@@ -21,7 +22,6 @@ from amskv_jax.cli.options import (
     TopKOption,
     TopPOption,
 )
-from amskv_jax.embedded import find_classifier
 from amskv_jax.errors import UsageError
 from amskv_jax.files import replacing
 
@@ -77,15 +77,15 @@ def evaluate(
     NAME.npz is in the layout that OpenAI's ADM evaluator reads. Only features of Inception make
     the Frechet distance an FID; those of a classifier compare policies of one model.
     """
-    from amskv_jax.checkpoint import read_info  # noqa: PLC0415
-    from amskv_jax.evaluation.budgets import PolicyRequest  # noqa: PLC0415
+    from amskv_jax.checkpoints.folder import read_info  # noqa: PLC0415
     from amskv_jax.evaluation.classifier import TrainedClassifier  # noqa: PLC0415
     from amskv_jax.evaluation.evaluate import Evaluation  # noqa: PLC0415
     from amskv_jax.evaluation.evaluate import evaluate as run  # noqa: PLC0415
     from amskv_jax.evaluation.measures import Judge  # noqa: PLC0415
     from amskv_jax.evaluation.metrics import check_picture_count  # noqa: PLC0415
     from amskv_jax.pipeline import load  # noqa: PLC0415
-    from amskv_jax.stats import LayerStats  # noqa: PLC0415
+    from amskv_jax.plan.stats import LayerStats  # noqa: PLC0415
+    from amskv_jax.policies.budgets import PolicyRequest  # noqa: PLC0415
     from amskv_jax.training.data import load_pictures  # noqa: PLC0415
 
     requests = [PolicyRequest.parse(text) for text in policies.split(",")]
@@ -142,7 +142,7 @@ def _print_records(records: list[dict[str, Any]], network: "FeatureNetwork | Non
     from rich.box import SIMPLE_HEAD  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
 
-    from amskv_jax.describe import byte_size  # noqa: PLC0415
+    from amskv_jax.words import byte_size  # noqa: PLC0415
 
     frechet = "FID" if network and network.name == "inception" else "Frechet"
     columns = {

@@ -13,7 +13,7 @@ def info(checkpoint: CheckpointOption) -> None:
     import math  # noqa: PLC0415
 
     from amskv_jax import configs  # noqa: PLC0415
-    from amskv_jax.checkpoint import param_shapes, read_info  # noqa: PLC0415
+    from amskv_jax.checkpoints.folder import param_shapes, read_info  # noqa: PLC0415
     from amskv_jax.pipeline import model_configs  # noqa: PLC0415
 
     found = read_info(checkpoint)

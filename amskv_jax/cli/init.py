@@ -16,7 +16,7 @@ def init(
 ) -> None:
     """Write a checkpoint with random weights, to try things with: its pictures are noise."""
     from amskv_jax import configs  # noqa: PLC0415
-    from amskv_jax.initialize import init_checkpoint  # noqa: PLC0415
+    from amskv_jax.checkpoints.initialize import init_checkpoint  # noqa: PLC0415
 
     config = configs.get(model)
     with progress("drawing weights"):

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from amskv_jax.embedded import find_checkpoint, find_stats
+from amskv_jax.checkpoints.embedded import find_checkpoint, find_stats
 from amskv_jax.errors import UsageError
 
 

@@ -28,7 +28,7 @@ def pack(
     check_suffix(out, {".safetensors"})
     check_outputs(out, force=False)
 
-    from amskv_jax.packed import pack_checkpoint  # noqa: PLC0415
+    from amskv_jax.checkpoints.packed import pack_checkpoint  # noqa: PLC0415
 
     with progress("packing"):
         pack_checkpoint(checkpoint, out, cfg)

@@ -5,16 +5,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from amskv_jax.checkpoints.embedded import find_checkpoint
 from amskv_jax.cli.console import print_line, progress
 from amskv_jax.cli.files import check_outputs, check_suffix
 from amskv_jax.cli.options import Dtype, ForceOption, StatsOption
 from amskv_jax.cli.policy import WithinBytes, plan_for, takes_policy
-from amskv_jax.embedded import find_checkpoint
 from amskv_jax.errors import UsageError
 from amskv_jax.files import replacing
 
 if TYPE_CHECKING:
-    from amskv_jax.models.config import VARConfig
+    from amskv_jax.models.var.config import VARConfig
     from amskv_jax.policies import Policy
 
 
@@ -48,9 +48,9 @@ def plan(
     check_outputs(save, plot, force=force)
 
     from amskv_jax.cli.tables import print_memory, print_plan  # noqa: PLC0415
-    from amskv_jax.plots import save_plan_plot  # noqa: PLC0415
+    from amskv_jax.plan.stats import LayerStats  # noqa: PLC0415
     from amskv_jax.policies import AMSKV, Full  # noqa: PLC0415
-    from amskv_jax.stats import LayerStats  # noqa: PLC0415
+    from amskv_jax.reports.plots import save_plan_plot  # noqa: PLC0415
 
     config, fingerprint = _model(model, checkpoint)
     shape = config.schedule, config.depth
@@ -80,7 +80,7 @@ def _model(model: str | None, checkpoint: Path | None) -> "tuple[VARConfig, str 
 
         return configs.get(model).transformer, None
     if checkpoint is not None and model is None:
-        from amskv_jax.checkpoint import read_info  # noqa: PLC0415
+        from amskv_jax.checkpoints.folder import read_info  # noqa: PLC0415
         from amskv_jax.pipeline import model_configs  # noqa: PLC0415
 
         info = read_info(checkpoint)

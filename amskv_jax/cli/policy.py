@@ -17,10 +17,10 @@ from amskv_jax.cli.options import parse_numbers
 from amskv_jax.errors import UsageError
 
 if TYPE_CHECKING:
-    from amskv_jax.models.config import VARConfig
-    from amskv_jax.plan import RetentionPlan
+    from amskv_jax.models.var.config import VARConfig
+    from amskv_jax.plan.retention import RetentionPlan
+    from amskv_jax.plan.stats import LayerStats
     from amskv_jax.policies import AMSKV, Policy
-    from amskv_jax.stats import LayerStats
 
 BYTES_OPTION = "max_cache_bytes"
 
@@ -207,7 +207,7 @@ def plan_for(
     Raises:
       AmskvError: if the policy's options do not fit the model.
     """
-    from amskv_jax.memory import CacheGeometry  # noqa: PLC0415
+    from amskv_jax.plan.memory import CacheGeometry  # noqa: PLC0415
 
     if isinstance(policy, WithinBytes):
         geometry = CacheGeometry.of(config.num_heads, config.head_dim, batch, dtype)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from amskv_jax.checkpoints.embedded import find_checkpoint
 from amskv_jax.cli.compilation_cache import use_compilation_cache
 from amskv_jax.cli.console import print_line, progress
 from amskv_jax.cli.files import check_outputs, check_suffix, free_name
@@ -23,7 +24,6 @@ from amskv_jax.cli.options import (
     parse_numbers,
 )
 from amskv_jax.cli.policy import WithinBytes, plan_for, takes_policy
-from amskv_jax.embedded import find_checkpoint
 from amskv_jax.files import replacing
 
 if TYPE_CHECKING:
@@ -94,16 +94,16 @@ def sample(
     import numpy as np  # noqa: PLC0415
 
     from amskv_jax.attention import choose_implementation  # noqa: PLC0415
-    from amskv_jax.checkpoint import load_checkpoint, read_info  # noqa: PLC0415
+    from amskv_jax.checkpoints.folder import load_checkpoint, read_info  # noqa: PLC0415
     from amskv_jax.cli.tables import print_memory, print_plan  # noqa: PLC0415
-    from amskv_jax.describe import byte_size  # noqa: PLC0415
     from amskv_jax.generate import Sampler  # noqa: PLC0415
-    from amskv_jax.memory import CacheGeometry, MemoryReport  # noqa: PLC0415
     from amskv_jax.pipeline import check_labels, model_configs  # noqa: PLC0415
+    from amskv_jax.plan.memory import CacheGeometry, MemoryReport  # noqa: PLC0415
+    from amskv_jax.plan.stats import LayerStats  # noqa: PLC0415
     from amskv_jax.policies import AMSKV, Full  # noqa: PLC0415
+    from amskv_jax.reports.sheet import contact_sheet, side_by_side  # noqa: PLC0415
     from amskv_jax.sampling import TokenSampling  # noqa: PLC0415
-    from amskv_jax.sheet import contact_sheet, side_by_side  # noqa: PLC0415
-    from amskv_jax.stats import LayerStats  # noqa: PLC0415
+    from amskv_jax.words import byte_size  # noqa: PLC0415
 
     if compilation_cache:
         use_compilation_cache()

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from amskv_jax.checkpoints.embedded import find_classifier
 from amskv_jax.cli.compilation_cache import use_compilation_cache
 from amskv_jax.cli.console import print_line
 from amskv_jax.cli.files import check_suffix
@@ -19,7 +20,6 @@ from amskv_jax.cli.options import (
     TopPOption,
     parse_numbers,
 )
-from amskv_jax.embedded import find_classifier
 
 if TYPE_CHECKING:
     from amskv_jax.pipeline import Pipeline
@@ -81,12 +81,12 @@ def run(
     savings; d: all policies at three savings; e: C_min and C_max; f: theta; g: dtype.
     """
     check_suffix(report, {".md"})
-    from amskv_jax.checkpoint import read_info  # noqa: PLC0415
+    from amskv_jax.checkpoints.folder import read_info  # noqa: PLC0415
     from amskv_jax.evaluation.classifier import load_classifier  # noqa: PLC0415
     from amskv_jax.evaluation.measures import Judge  # noqa: PLC0415
     from amskv_jax.evaluation.metrics import check_picture_count  # noqa: PLC0415
-    from amskv_jax.evaluation.study import Conditions, Extent, run_study  # noqa: PLC0415
     from amskv_jax.pipeline import load  # noqa: PLC0415
+    from amskv_jax.study.study import Conditions, Extent, run_study  # noqa: PLC0415
     from amskv_jax.training.data import load_pictures  # noqa: PLC0415
 
     if compilation_cache:
@@ -135,7 +135,7 @@ def write(
 ) -> None:
     """Write the report from the results of a study, finished or not; needs no accelerator."""
     check_suffix(report, {".md"})
-    from amskv_jax.evaluation.render import render_study  # noqa: PLC0415
+    from amskv_jax.study.render import render_study  # noqa: PLC0415
 
     render_study(out, report)
     print_line(f"wrote {report}")

@@ -7,10 +7,10 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from amskv_jax.cli.console import make_console, print_line
-from amskv_jax.describe import byte_size, decimal, layers_by_row, number_ranges, scale_shares
-from amskv_jax.memory import CacheGeometry, MemoryReport
-from amskv_jax.models.config import VARConfig
-from amskv_jax.plan import RetentionPlan
+from amskv_jax.models.var.config import VARConfig
+from amskv_jax.plan.memory import CacheGeometry, MemoryReport
+from amskv_jax.plan.retention import RetentionPlan, layers_by_row
+from amskv_jax.words import byte_size, decimal, number_ranges
 
 
 def print_plan(plan: RetentionPlan) -> None:
@@ -23,7 +23,7 @@ def print_plan(plan: RetentionPlan) -> None:
         table.add_column(f"{step}\n{height}x{width}", justify="right")
     for row, layers in layers_by_row(plan).items():
         read = map(decimal, row.kept_tokens)
-        scales = map(_scales, scale_shares(row, schedule).T)
+        scales = map(_scales, row.shares(schedule).T)
         cells = [f"{tokens}\n{names}" for tokens, names in zip(read, scales, strict=True)]
         table.add_row(number_ranges(layers), str(row.capacity), *cells)
     print_line(plan.note)

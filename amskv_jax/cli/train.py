@@ -112,7 +112,7 @@ def var(
     when the same command is given again. At its end its folder holds a checkpoint for `amskv
     sample`, and a plot of the log.
     """
-    from amskv_jax.checkpoint import save_checkpoint  # noqa: PLC0415
+    from amskv_jax.checkpoints.folder import save_checkpoint  # noqa: PLC0415
     from amskv_jax.training.recipe import find_recipe, load_tokenizer  # noqa: PLC0415
     from amskv_jax.training.tokens import kept_tokens  # noqa: PLC0415
     from amskv_jax.training.transformer import train_transformer  # noqa: PLC0415

@@ -6,10 +6,10 @@ from pathlib import Path
 import jax
 
 from amskv_jax.calibrate import calibrate
-from amskv_jax.evaluation.drawing import balanced_labels
+from amskv_jax.drawing import balanced_labels
 from amskv_jax.generate import Sampler, picture_keys
 from amskv_jax.pipeline import Pipeline
-from amskv_jax.stats import LayerStats
+from amskv_jax.plan.stats import LayerStats
 
 CALIBRATION_SEED = 2**31 - 1
 """Of the pictures which calibration looks at: not among those that are judged."""

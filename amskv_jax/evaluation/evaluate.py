@@ -14,20 +14,20 @@ import jax
 import numpy as np
 
 from amskv_jax.attention import Implementation
-from amskv_jax.checkpoint_info import GUIDANCE
+from amskv_jax.checkpoints.info import GUIDANCE
+from amskv_jax.drawing import Drawer, balanced_labels
 from amskv_jax.errors import UsageError
-from amskv_jax.evaluation.budgets import PolicyRequest, memory_report
 from amskv_jax.evaluation.calibration import load_or_calibrate
-from amskv_jax.evaluation.drawing import Drawer, balanced_labels
 from amskv_jax.evaluation.measures import Judge
 from amskv_jax.evaluation.metrics import check_picture_count, psnr, ssim
 from amskv_jax.evaluation.results import Record, Results, read_arrays, write_arrays
+from amskv_jax.files import check_settings
 from amskv_jax.generate import Sampler
 from amskv_jax.pipeline import TOP_K, TOP_P, Pipeline
-from amskv_jax.plan import RetentionPlan
+from amskv_jax.plan.retention import RetentionPlan
+from amskv_jax.plan.stats import LayerStats
+from amskv_jax.policies.budgets import PolicyRequest, memory_report
 from amskv_jax.sampling import TokenSampling
-from amskv_jax.stats import LayerStats
-from amskv_jax.training.log import check_settings
 
 Update = Callable[[str, float], object]
 """Takes what is being done and the share that is done."""

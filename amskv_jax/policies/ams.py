@@ -8,15 +8,16 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from amskv_jax.describe import number_ranges
 from amskv_jax.errors import AmskvError, UsageError
-from amskv_jax.online import OnlineRow
-from amskv_jax.plan import RetentionPlan, StaticRow
+from amskv_jax.plan.retention import RetentionPlan
+from amskv_jax.plan.rows import StaticRow
+from amskv_jax.plan.runtime_rows import OnlineRow
+from amskv_jax.plan.stats import LayerStats
 from amskv_jax.policies.base import CONDENSED, default_capacities, first_third
 from amskv_jax.policies.theta import automatic_theta
 from amskv_jax.policies.walk import adaptive_walk, distinct_capacities
 from amskv_jax.schedule import ScaleSchedule
-from amskv_jax.stats import LayerStats
+from amskv_jax.words import number_ranges
 
 
 class Classes(NamedTuple):

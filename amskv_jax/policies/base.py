@@ -2,9 +2,9 @@
 
 from typing import Protocol
 
-from amskv_jax.plan import RetentionPlan
+from amskv_jax.plan.retention import RetentionPlan
+from amskv_jax.plan.stats import LayerStats
 from amskv_jax.schedule import ScaleSchedule
-from amskv_jax.stats import LayerStats
 
 CONDENSED = 2
 """Coarsest scales that AMS-KV locks by default."""

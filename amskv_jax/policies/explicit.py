@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 from amskv_jax.errors import AmskvError
-from amskv_jax.plan import RetentionPlan
+from amskv_jax.plan.retention import RetentionPlan
+from amskv_jax.plan.stats import LayerStats
 from amskv_jax.schedule import ScaleSchedule
-from amskv_jax.stats import LayerStats
 
 
 @dataclass(frozen=True)

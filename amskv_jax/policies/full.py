@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
-from amskv_jax.plan import RetentionPlan, StaticRow
+from amskv_jax.plan.retention import RetentionPlan
+from amskv_jax.plan.rows import StaticRow
+from amskv_jax.plan.stats import LayerStats
 from amskv_jax.schedule import ScaleSchedule
-from amskv_jax.stats import LayerStats
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 
 from amskv_jax.errors import UsageError
-from amskv_jax.plan import RetentionPlan, SelectingRow
+from amskv_jax.plan.retention import RetentionPlan
+from amskv_jax.plan.runtime_rows import SelectingRow
+from amskv_jax.plan.selectors import HeavyHitters
+from amskv_jax.plan.stats import LayerStats
 from amskv_jax.policies.base import default_budget
 from amskv_jax.schedule import ScaleSchedule
-from amskv_jax.selectors import HeavyHitters
-from amskv_jax.stats import LayerStats
 
 
 @dataclass(frozen=True)

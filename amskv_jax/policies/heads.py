@@ -5,10 +5,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from amskv_jax.errors import AmskvError, UsageError
-from amskv_jax.plan import HeadRow, RetentionPlan, StaticRow
+from amskv_jax.plan.retention import RetentionPlan
+from amskv_jax.plan.rows import HeadRow, StaticRow
+from amskv_jax.plan.stats import LayerStats
 from amskv_jax.policies.base import default_budget
 from amskv_jax.schedule import ScaleSchedule
-from amskv_jax.stats import LayerStats
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from amskv_jax.errors import AmskvError, UsageError
-from amskv_jax.plan import RetentionPlan, SelectingRow
+from amskv_jax.plan.retention import RetentionPlan
+from amskv_jax.plan.runtime_rows import SelectingRow
+from amskv_jax.plan.selectors import Mode, WindowScores
+from amskv_jax.plan.stats import LayerStats
 from amskv_jax.policies.base import default_budget
 from amskv_jax.schedule import ScaleSchedule
-from amskv_jax.selectors import Mode, WindowScores
-from amskv_jax.stats import LayerStats
 
 LARGEST_WINDOW = 16
 """Observing tokens of the paper and its code."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from amskv_jax.errors import UsageError
-from amskv_jax.models.config import VARConfig, VQVAEConfig
+from amskv_jax.models.var.config import VARConfig, VQVAEConfig
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ import json
 import math
 import time
 from collections import deque
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,36 +11,12 @@ import jax
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from amskv_jax.errors import AmskvError, UsageError
+from amskv_jax.errors import AmskvError
 from amskv_jax.files import read_json_lines, replacing
 from amskv_jax.training.config import Run
 
 SPEED_CALLS = 10
 """Calls of steps, among the latest, over which the speed is measured."""
-
-
-def check_settings(path: Path, settings: Any) -> None:
-    """Write a run's settings into its directory, or compare them with those which are there.
-
-    Args:
-      path: the JSON file.
-      settings: a dataclass.
-
-    Raises:
-      UsageError: if the directory holds a run with other settings.
-    """
-    expected = json.loads(json.dumps(asdict(settings)))
-    if not path.exists():
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(expected, indent=2) + "\n")
-        return
-    found = json.loads(path.read_text())
-    if found != expected:
-        names = (f"{name} (there {a}, now {b})" for name, a, b in _differences(found, expected))
-        raise UsageError(
-            f"{path.parent} holds a run with other settings: {', '.join(names)}; "
-            "choose another directory or go back to those settings"
-        )
 
 
 class Log:
@@ -155,16 +130,3 @@ def _rounded(value: Any) -> Any:
     """Return plain numbers of 7 digits, which tell float32 apart."""
     array = np.asarray(value, np.float64)
     return np.vectorize(lambda number: float(f"{number:.9g}"))(array).tolist()
-
-
-def _differences(found: Any, expected: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """Return name, first and second value of every leaf in which two JSON objects differ."""
-    if not (isinstance(found, dict) and isinstance(expected, dict)):
-        return [] if found == expected else [(prefix, found, expected)]
-    return [
-        difference
-        for name in sorted(found.keys() | expected.keys())
-        for difference in _differences(
-            found.get(name), expected.get(name), f"{prefix}.{name}" if prefix else name
-        )
-    ]

@@ -22,8 +22,9 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from amskv_jax.errors import AmskvError, UsageError
+from amskv_jax.files import check_settings
 from amskv_jax.training.config import Run
-from amskv_jax.training.log import Log, check_settings
+from amskv_jax.training.log import Log
 from amskv_jax.training.state import TrainState
 
 Figures = dict[str, jax.Array]

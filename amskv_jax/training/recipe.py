@@ -13,11 +13,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from amskv_jax import configs
-from amskv_jax.checkpoint import param_shapes
-from amskv_jax.checkpoint_info import config_from_json
+from amskv_jax.checkpoints.folder import param_shapes
+from amskv_jax.checkpoints.info import config_from_json
 from amskv_jax.errors import AmskvError, UsageError
 from amskv_jax.files import replacing
-from amskv_jax.models.config import VQVAEConfig
+from amskv_jax.models.var.config import VQVAEConfig
 from amskv_jax.training.config import TokenizerTraining, TransformerTraining
 
 TOKENIZER_FILE = "tokenizer.safetensors"

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from amskv_jax.models.config import VQVAEConfig
-from amskv_jax.models.vqvae import VQVAE
+from amskv_jax.models.var.config import VQVAEConfig
+from amskv_jax.models.var.vqvae import VQVAE
 from amskv_jax.resize import resize
 from amskv_jax.training.config import TokenizerTraining
 from amskv_jax.training.data import Pictures, draw_pictures

@@ -13,8 +13,8 @@ from jax.lax import Precision
 from rich.progress import track
 
 from amskv_jax.files import replacing
-from amskv_jax.models.config import VQVAEConfig
-from amskv_jax.models.vqvae import VQVAE
+from amskv_jax.models.var.config import VQVAEConfig
+from amskv_jax.models.var.vqvae import VQVAE
 from amskv_jax.resize import resize
 from amskv_jax.training.data import Pictures
 from amskv_jax.training.tokenizer import unit_range

@@ -10,8 +10,8 @@ import numpy as np
 import optax
 
 from amskv_jax.errors import AmskvError
-from amskv_jax.models.quantizer import MultiScaleQuantizer
-from amskv_jax.models.var import VAR
+from amskv_jax.models.var.quantizer import MultiScaleQuantizer
+from amskv_jax.models.var.transformer import VAR
 from amskv_jax.training.config import TransformerTraining
 from amskv_jax.training.data import draw_pictures
 from amskv_jax.training.loop import Figures, Task, fit

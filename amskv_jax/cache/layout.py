@@ -1,0 +1,74 @@
+"""The scale-indexed key/value cache of a whole model, laid out before tracing."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import jax
+
+from amskv_jax.cache.heads import HeadSlots
+from amskv_jax.cache.online import OnlineSlots
+from amskv_jax.cache.selecting import SelectingSlots
+from amskv_jax.cache.static import StaticSlots
+from amskv_jax.cache.store import Slots
+from amskv_jax.errors import AmskvError
+from amskv_jax.plan.retention import RetentionPlan
+from amskv_jax.plan.rows import HeadRow, Row, StaticRow
+from amskv_jax.plan.runtime_rows import OnlineRow, SelectingRow
+from amskv_jax.schedule import ScaleSchedule
+
+SLOTS: dict[type, Callable[[Any, ScaleSchedule], Slots]] = {
+    StaticRow: StaticSlots.of,
+    SelectingRow: SelectingSlots.of,
+    HeadRow: HeadSlots.of,
+    OnlineRow: OnlineSlots.of,
+}
+"""Kind of row -> how its slots are assigned."""
+
+
+def slots_of(row: Row, schedule: ScaleSchedule) -> Slots:
+    """Assign slots to a row of any kind.
+
+    Raises:
+      AmskvError: if the kind is unknown.
+    """
+    if type(row) not in SLOTS:
+        raise AmskvError(
+            f"no slots are known for a row of the kind {type(row).__name__}: "
+            f"expected {', '.join(kind.__name__ for kind in SLOTS)}"
+        )
+    return SLOTS[type(row)](row, schedule)
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """The cache of a whole model: one set of buffers per distinct row of the plan.
+
+    Attributes:
+      groups: the distinct rows' slots, in order of first appearance.
+      group_of: for every layer, the index of its group.
+      index_in_group: for every layer, its index in the group's buffers.
+    """
+
+    groups: tuple[Slots, ...]
+    group_of: tuple[int, ...]
+    index_in_group: tuple[int, ...]
+
+    @classmethod
+    @lru_cache(maxsize=64)
+    def of(cls, plan: RetentionPlan) -> "CacheLayout":
+        """Return the layout of a plan."""
+        rows = list(dict.fromkeys(plan.rows))
+        group_of = tuple(rows.index(row) for row in plan.rows)
+        index = tuple(group_of[:layer].count(group) for layer, group in enumerate(group_of))
+        return cls(tuple(slots_of(row, plan.schedule) for row in rows), group_of, index)
+
+    def init(
+        self, rows: int, num_heads: int, head_dim: int, dtype: jax.typing.DTypeLike
+    ) -> tuple[Any, ...]:
+        """Return empty buffers for ``rows`` batch rows, one entry per group."""
+        return tuple(
+            group.init(self.group_of.count(index), rows, num_heads, head_dim, dtype)
+            for index, group in enumerate(self.groups)
+        )

@@ -1,0 +1,1 @@
+"""Checkpoints: folders, packed files, and those which come with the package."""

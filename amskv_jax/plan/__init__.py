@@ -1,0 +1,1 @@
+"""Retention plans and what they cost: what is kept, without buffers."""

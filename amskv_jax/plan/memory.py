@@ -1,0 +1,74 @@
+"""Memory arithmetic of key/value caches: plans against the two baselines, before any tracing."""
+
+from dataclasses import dataclass
+
+from amskv_jax.plan.retention import RetentionPlan
+
+
+@dataclass(frozen=True)
+class CacheGeometry:
+    """What a cached token costs.
+
+    Attributes:
+      rows: batch rows: twice the pictures, as guidance carries an unconditional row for each.
+      num_heads: attention heads.
+      head_dim: channels per head.
+      itemsize: bytes of one cached number (2 for bfloat16).
+    """
+
+    rows: int
+    num_heads: int
+    head_dim: int
+    itemsize: int = 2
+
+    @classmethod
+    def of(cls, num_heads: int, head_dim: int, pictures: int, dtype: str) -> "CacheGeometry":
+        """Return the geometry of a batch with guidance; ``dtype`` is "float32" or "bfloat16"."""
+        return cls(2 * pictures, num_heads, head_dim, {"float32": 4, "bfloat16": 2}[dtype])
+
+    def bytes(self, head_slots: int, scores: int = 0) -> int:
+        """Return the bytes of keys and values in ``head_slots`` slots of one head, all rows.
+
+        Added are those of ``scores`` float32 numbers per row, see ``rows.SelectingRow.scores``.
+        """
+        return self.rows * (2 * head_slots * self.head_dim * self.itemsize + 4 * scores)
+
+    def tokens(self, max_bytes: int) -> int:
+        """Return how many tokens fit in ``max_bytes``, each in all heads of one layer, all rows."""
+        return max_bytes // self.bytes(self.num_heads)
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Bytes of a plan's cache and of what it is compared with.
+
+    Attributes:
+      plan: the buffers this package allocates for the plan.
+      stored: the full cache without the last scale, which no later step reads.
+      full: all scales, keys and values in the cache's dtype ("bf16-full" for two bytes).
+      reference: the reference implementation's cache: all scales, float32 keys, half values.
+    """
+
+    plan: int
+    stored: int
+    full: int
+    reference: int
+
+    @classmethod
+    def of(cls, plan: RetentionPlan, geometry: CacheGeometry) -> "MemoryReport":
+        """Return the report of ``plan`` for a batch and model of ``geometry``."""
+        heads, layers, total = geometry.num_heads, plan.num_layers, plan.schedule.total
+        everything = geometry.bytes(heads * total * layers)
+        return cls(
+            plan=geometry.bytes(
+                sum(row.head_slots(heads) for row in plan.rows),
+                sum(row.scores(heads) for row in plan.rows),
+            ),
+            stored=geometry.bytes(heads * (total - plan.schedule.tokens[-1]) * layers),
+            full=everything,
+            reference=everything * (4 + 2) // (2 * geometry.itemsize),
+        )
+
+    def saving(self, baseline: int) -> float:
+        """Return which share of ``baseline`` bytes the plan saves, 0 to 1."""
+        return 1.0 - self.plan / baseline

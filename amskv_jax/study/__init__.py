@@ -1,0 +1,1 @@
+"""The study: every policy drawn and measured under equal conditions."""

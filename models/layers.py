@@ -1,0 +1,133 @@
+"""Layers which transformers of several kinds share."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+from amskv_jax.attention import Attention
+from amskv_jax.precision import precision_of
+
+NORM_EPSILON = 1e-6
+MAX_LOG_TEMPERATURE = math.log(100.0)
+
+
+def layer_norm(x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
+    """Return the normalised ``x * (1 + scale) + shift``, in float32, with no gain of its own."""
+    x = x.astype(jnp.float32)
+    centred = x - x.mean(-1, keepdims=True)
+    variance = jnp.square(centred).mean(-1, keepdims=True)
+    normalised = centred * lax.rsqrt(variance + NORM_EPSILON)
+    return normalised * (1 + scale.astype(jnp.float32)) + shift.astype(jnp.float32)
+
+
+def normalize_heads(x: jax.Array) -> jax.Array:
+    """Return vectors of unit length along the last axis, in float32."""
+    x = x.astype(jnp.float32)
+    norm = jnp.sqrt(jnp.square(x).sum(-1, keepdims=True))
+    return x / jnp.maximum(norm, 1e-12)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention around an injected attention function.
+
+    Attributes:
+      num_heads: heads; they share the width equally.
+      l2_norm: queries and keys have unit length, with a learned temperature per head.
+      dtype: of the products, and of what ``attention`` gets.
+      rotate: turns queries and keys [rows, T, heads, head_dim] float32 by their positions.
+    """
+
+    num_heads: int
+    l2_norm: bool = True
+    dtype: Any = jnp.float32
+    rotate: Callable[[jax.Array], jax.Array] | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, attention: Attention) -> tuple[jax.Array, Any]:
+        """Map [rows, T, D] to [rows, T, D] and the carry of ``attention``."""
+        heads, width = self.num_heads, x.shape[-1]
+        dense = {"dtype": self.dtype, "precision": precision_of(self.dtype)}
+        qkv = nn.Dense(3 * width, use_bias=False, name="qkv", **dense)(x)
+        query, key, value = jnp.split(qkv, 3, axis=-1)
+        query = query + self.param("query_bias", nn.initializers.zeros, (width,)).astype(self.dtype)
+        value = value + self.param("value_bias", nn.initializers.zeros, (width,)).astype(self.dtype)
+        query, key, value = (
+            part.reshape(*part.shape[:-1], heads, width // heads) for part in (query, key, value)
+        )
+        if self.l2_norm:
+            initial = nn.initializers.constant(math.log(4.0))
+            log_temperature = self.param("log_temperature", initial, (heads,)).astype(jnp.float32)
+            temperature = jnp.exp(jnp.minimum(log_temperature, MAX_LOG_TEMPERATURE))
+            query = normalize_heads(query) * temperature[:, None]
+            key = normalize_heads(key)
+        if self.rotate is not None:
+            query, key = self.rotate(query), self.rotate(key)
+        query, key, value = (part.astype(self.dtype) for part in (query, key, value))
+        output, carry = attention(query, key, value)
+        output = output.reshape(*output.shape[:-2], width)
+        return nn.Dense(width, name="out", **dense)(output), carry
+
+
+class FeedForward(nn.Module):
+    """Two linear layers, the first of ``hidden`` channels, around a tanh-approximated GELU."""
+
+    hidden: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map [rows, T, D] to [rows, T, D]."""
+        dense = {"dtype": self.dtype, "precision": precision_of(self.dtype)}
+        h = nn.gelu(nn.Dense(self.hidden, name="up", **dense)(x), approximate=True)
+        return nn.Dense(x.shape[-1], name="down", **dense)(h)
+
+
+class StackedDense(nn.Module):
+    """One linear layer per block, applied to the same input at once."""
+
+    depth: int
+    features: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map [rows, D] to [depth, rows, features] in float32."""
+        width = x.shape[-1]
+        init = nn.initializers.truncated_normal(0.5 * math.sqrt(1 / (3 * width)))
+        kernel = self.param("kernel", init, (self.depth, width, self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.depth, self.features))
+        x = x.astype(kernel.dtype)
+        y = jnp.einsum(
+            "rd,lde->lre",
+            x,
+            kernel,
+            precision=precision_of(kernel.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        return y + bias[:, None].astype(jnp.float32)
+
+
+class Head(nn.Module):
+    """The classifier over the codebook: products in ``dtype``, sums and result in float32."""
+
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map [rows, T, D] to [rows, T, V] float32."""
+        init = nn.initializers.truncated_normal(0.02)
+        kernel = self.param("kernel", init, (x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        y = jnp.einsum(
+            "rtd,dv->rtv",
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            precision=precision_of(self.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        return y + bias.astype(jnp.float32)

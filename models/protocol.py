@@ -1,0 +1,190 @@
+"""What a next-scale model is to the rest of the package.
+
+The loop of ``generate`` knows a model by these protocols alone. The condition is opaque to it: a
+pytree whose leaves have a leading axis of B pictures, which only the model understands.
+
+Names of dimensions: B pictures; rows = B, or 2 B with guidance (see ``guidance.Guidance``); T_i
+tokens of scale i; D width; ``*K`` the code axes of a token, () in VAR, (bits,) in Infinity; V
+choices per code; h x w x C the latent.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Protocol
+
+import jax
+import numpy as np
+from flax import struct
+
+from amskv_jax.attention import Attention
+from amskv_jax.models.guidance import Controls, Drawing, Guidance
+from amskv_jax.plan.shape import CacheShape
+from amskv_jax.schedule import ScaleSchedule
+
+
+@struct.dataclass
+class Prepared:
+    """What stays the same while one call draws.
+
+    Attributes:
+      start: input of the first scale, [rows, T_0, D] float32.
+      layers: leaves [depth, ...]: block weights, and what the condition makes of them per layer.
+      shared: what every block and the head see besides.
+    """
+
+    start: jax.Array
+    layers: Any
+    shared: Any
+
+
+class Transformer(Protocol):
+    """A transformer bound to its weights and to the schedule that is drawn."""
+
+    @property
+    def attention_scale(self) -> float:
+        """Factor of the attention logits."""
+        ...
+
+    def prepare(self, condition: Any, guidance: Guidance) -> Prepared:
+        """Return everything that depends on the condition of B pictures alone."""
+        ...
+
+    def block(
+        self, layer: Any, shared: Any, x: jax.Array, step: int, attention: Attention
+    ) -> tuple[jax.Array, Any]:
+        """Map [rows, T, D] float32 to the next such and the carry of ``attention``.
+
+        ``layer`` is ``Prepared.layers`` at one layer; ``step`` is static.
+        """
+        ...
+
+    def next_input(self, features: jax.Array, step: int) -> jax.Array:
+        """Return the input [B, T_step, D] float32 of a later scale, from ``Tokenizer.next_input``.
+
+        Args:
+          features: [B, T_step, C'].
+          step: the scale that is about to be drawn.
+        """
+        ...
+
+    def logits(self, x: jax.Array, shared: Any) -> jax.Array:
+        """Return logits [rows, T, *K, V] float32 of the last block's output [rows, T, D]."""
+        ...
+
+
+class Tokenizer(Protocol):
+    """A tokenizer bound to its weights and to the schedule that is drawn."""
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(h, w, C)."""
+        ...
+
+    def embed(self, codes: jax.Array) -> jax.Array:
+        """Return float32 entries [B, T, C'] of codes [B, T, *K]."""
+        ...
+
+    def embed_mixture(self, weights: jax.Array) -> jax.Array:
+        """Return entries [B, T, C'] of mixtures of all choices, weights [B, T, *K, V] float32."""
+        ...
+
+    def accumulate(self, latent: jax.Array, entries: jax.Array, step: int) -> jax.Array:
+        """Return the latent [B, h, w, C] float32 with the entries of scale ``step`` added."""
+        ...
+
+    def next_input(self, latent: jax.Array, step: int) -> jax.Array:
+        """Return what the transformer gets to draw scale ``step + 1``, [B, T_(step+1), C']."""
+        ...
+
+    def decode(self, latent: jax.Array) -> jax.Array:
+        """Return pictures [B, H, W, 3] float32 in [-1, 1]."""
+        ...
+
+
+class Conditions(Protocol):
+    """Numbered things to draw."""
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        ...
+
+    def batch(self, numbers: np.ndarray) -> Any:
+        """Return the condition of the pictures with these numbers [B], as host arrays.
+
+        Its shapes depend on B and the whole, not on which numbers they are, so that all batches of
+        one size are served by one compiled program.
+        """
+        ...
+
+    def captions(self) -> Sequence[str]:
+        """Return a short text for every one, for people."""
+        ...
+
+
+class Model(Protocol):
+    """A kind of model in all its shapes; frozen, hashable, no arrays.
+
+    Attributes:
+      kind: its name in checkpoints.
+      drawing: how it is drawn from unless a checkpoint or a user says otherwise.
+    """
+
+    kind: ClassVar[str]
+    drawing: ClassVar[Drawing]
+
+    @property
+    def parts(self) -> Mapping[str, Any]:
+        """Return the configuration of every part that has weights, by the part's name."""
+        ...
+
+    @property
+    def schedule(self) -> ScaleSchedule:
+        """The schedule that is drawn unless another is asked for."""
+        ...
+
+    def check_schedule(self, schedule: ScaleSchedule) -> None:
+        """Raise AmskvError, listing the nearest, if the model cannot draw this schedule."""
+        ...
+
+    def cache_shape(self, schedule: ScaleSchedule) -> CacheShape:
+        """Return what is cached."""
+        ...
+
+    def picture_size(self, schedule: ScaleSchedule) -> tuple[int, int]:
+        """Return (height, width) in pixels."""
+        ...
+
+    def bind(
+        self, params: Mapping[str, Any], schedule: ScaleSchedule, dtype: str
+    ) -> tuple[Transformer, Tokenizer]:
+        """Return the two halves with their weights.
+
+        Args:
+          params: a tree per part; only the parts that a caller uses need be there.
+          schedule: what is drawn.
+          dtype: "float32" or "bfloat16", of products and cache.
+        """
+        ...
+
+    def conditions(self, wanted: Any) -> Conditions:
+        """Return what a user asks for as conditions; raises UsageError if it cannot be drawn."""
+        ...
+
+    def example(self, batch: int) -> Any:
+        """Return some condition of ``batch`` pictures, for measuring, lowering and shape tests."""
+        ...
+
+    def guidance(self, drawing: Drawing) -> Guidance:
+        """Return where guidance acts: nowhere if the strength is none at every scale.
+
+        Raises:
+          UsageError: if a block does not exist.
+        """
+        ...
+
+    def controls(self, schedule: ScaleSchedule, drawing: Drawing) -> Controls:
+        """Return strength and temperature of every scale, nothing forced.
+
+        Raises:
+          UsageError: if there are too many or too few numbers, or one is out of range.
+        """
+        ...

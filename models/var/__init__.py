@@ -1,0 +1,1 @@
+"""VAR: class-conditional next-scale models (arXiv 2404.02905)."""
