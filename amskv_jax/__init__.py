@@ -19,9 +19,12 @@ if TYPE_CHECKING:
     from amskv_jax.checkpoints.initialize import init_checkpoint
     from amskv_jax.configs import ModelConfig
     from amskv_jax.convert import convert_var, export_var
+    from amskv_jax.decode import decode
     from amskv_jax.errors import AmskvError, UsageError
     from amskv_jax.generate import Sampler, Samples, picture_keys
+    from amskv_jax.models.guidance import Controls, Drawing, Guidance
     from amskv_jax.models.var.config import VARConfig, VQVAEConfig
+    from amskv_jax.models.var.model import VARModel
     from amskv_jax.models.var.transformer import VAR
     from amskv_jax.models.var.vqvae import VQVAE
     from amskv_jax.pipeline import Pipeline, load
@@ -47,15 +50,19 @@ __version__ = version("amskv-jax")
 _MODULE_OF = {
     name: module
     for module, names in {
-        "cache.layout": ("CacheLayout", "KVCache"),
+        "cache.layout": ("CacheLayout",),
+        "cache.store": ("KVCache",),
         "checkpoints.folder": ("CheckpointInfo", "load_checkpoint", "save_checkpoint"),
         "configs": ("ModelConfig",),
         "convert": ("convert_var", "export_var"),
         "errors": ("AmskvError", "UsageError"),
+        "decode": ("decode",),
         "generate": ("Sampler", "Samples", "picture_keys"),
         "checkpoints.initialize": ("init_checkpoint",),
         "plan.memory": ("CacheGeometry", "MemoryReport"),
+        "models.guidance": ("Controls", "Drawing", "Guidance"),
         "models.var.config": ("VARConfig", "VQVAEConfig"),
+        "models.var.model": ("VARModel",),
         "models.var.transformer": ("VAR",),
         "models.var.vqvae": ("VQVAE",),
         "pipeline": ("Pipeline", "load"),
@@ -87,8 +94,11 @@ __all__ = [
     "CacheGeometry",
     "CacheLayout",
     "CheckpointInfo",
+    "Controls",
+    "Drawing",
     "Explicit",
     "Full",
+    "Guidance",
     "Heads",
     "KVCache",
     "LayerStats",
@@ -105,9 +115,11 @@ __all__ = [
     "TokenSampling",
     "UsageError",
     "VARConfig",
+    "VARModel",
     "VQVAEConfig",
     "Window",
     "convert_var",
+    "decode",
     "export_var",
     "init_checkpoint",
     "load",

@@ -18,6 +18,7 @@ from flax.traverse_util import unflatten_dict
 
 from amskv_jax.attention import choose_implementation
 from amskv_jax.checkpoints.folder import param_shapes
+from amskv_jax.drawing import Drawer
 from amskv_jax.errors import AmskvError
 from amskv_jax.generate import Sampler, picture_keys
 
@@ -75,17 +76,14 @@ def random_params(sampler: Sampler, seed: int = 0) -> Any:
         f"{part}/{path}": jax.device_put(
             np.resize(scaled(1.0 if len(shape) < 2 else shape[-2] ** -0.5), shape)
         )
-        for part, config in (
-            ("transformer", sampler.transformer),
-            ("tokenizer", sampler.tokenizer),
-        )
+        for part, config in sampler.model.parts.items()
         for path, shape in param_shapes(config).items()
     }
     return unflatten_dict(params, sep="/")
 
 
-def measure(sampler: Sampler, batch: int, repeats: int = 3) -> Measurement:
-    """Time ``sampler`` with random weights and labels.
+def measure(sampler: Sampler, batch: int, repeats: int = 3, decode: bool = True) -> Measurement:
+    """Time ``sampler`` with random weights and the model's own example.
 
     Peak memory is that of the whole process so far: see ``measure_in_new_process``.
 
@@ -93,19 +91,22 @@ def measure(sampler: Sampler, batch: int, repeats: int = 3) -> Measurement:
       sampler: what to run.
       batch: pictures per call.
       repeats: timed calls, after one that is not counted.
+      decode: turn tokens into pictures, or run the transformer alone.
 
     Raises:
       OutOfMemoryError: if the device has too little memory.
     """
     try:
-        return _measure(sampler, batch, repeats)
+        return _measure(sampler, batch, repeats, decode)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise OutOfMemoryError(f"not enough memory for {batch} pictures at once") from error
 
 
-def measure_in_new_process(sampler: Sampler, batch: int, repeats: int = 3) -> Measurement:
+def measure_in_new_process(
+    sampler: Sampler, batch: int, repeats: int = 3, decode: bool = True
+) -> Measurement:
     """Call ``measure`` in a process of its own, so that memory and compilation are the arm's alone.
 
     As the process imports the main module again, a script that calls this needs the usual
@@ -117,7 +118,7 @@ def measure_in_new_process(sampler: Sampler, batch: int, repeats: int = 3) -> Me
     context = multiprocessing.get_context("spawn")
     try:
         with _environment(), ProcessPoolExecutor(1, context) as executor:
-            return executor.submit(measure, sampler, batch, repeats).result()
+            return executor.submit(measure, sampler, batch, repeats, decode).result()
     except BrokenProcessPool as error:
         raise OutOfMemoryError(
             "the process of the benchmark was killed, most likely for want of memory"
@@ -138,32 +139,36 @@ def _environment() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _measure(sampler: Sampler, batch: int, repeats: int) -> Measurement:
-    params = random_params(sampler)
-    labels = jnp.arange(batch, dtype=jnp.int32) % sampler.transformer.num_classes
-    keys = picture_keys(jax.random.key(0), batch)
-    start = time.perf_counter()
-    compiled = type(sampler).__call__.lower(sampler, params, labels, keys, 1.5).compile()
-    compile_seconds = time.perf_counter() - start
-    analysis: Any = compiled.memory_analysis()
+def _measure(sampler: Sampler, batch: int, repeats: int, decode: bool) -> Measurement:
+    params, model = random_params(sampler), sampler.model
+    conditions = model.conditions(None)
+    controls = model.controls(sampler.plan.schedule, model.drawing)
+    drawer = Drawer(sampler, params, conditions, controls, batch, decode=decode)
+    condition, keys = conditions.batch(np.arange(batch)), picture_keys(jax.random.key(0), batch)
     seconds = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
-        jax.block_until_ready(compiled(params, labels, keys, 1.5))
+        jax.block_until_ready(drawer.call(params, condition, keys, controls))
         seconds.append(time.perf_counter() - start)
     device = jax.devices()[0]
     statistics = device.memory_stats() or {}
     return Measurement(
         device=device.device_kind,
-        attention=choose_implementation(
-            sampler.attention, sampler.dtype, sampler.transformer.head_dim
-        ),
+        attention=choose_implementation(sampler.attention, sampler.dtype, sampler.shape.head_dim),
         pictures_per_second=batch / sorted(seconds[1:])[repeats // 2],
         seconds=tuple(seconds[1:]),
-        compile_seconds=compile_seconds,
-        predicted_bytes=analysis.argument_size_in_bytes
+        compile_seconds=drawer.compile_seconds,
+        predicted_bytes=max(map(_predicted_bytes, drawer.programs)),
+        peak_bytes=statistics.get("peak_bytes_in_use"),
+    )
+
+
+def _predicted_bytes(program: jax.stages.Compiled) -> int:
+    """Return the compiler's own analysis of the memory that a program needs."""
+    analysis: Any = program.memory_analysis()
+    return int(
+        analysis.argument_size_in_bytes
         + analysis.output_size_in_bytes
         + analysis.temp_size_in_bytes
-        - analysis.alias_size_in_bytes,
-        peak_bytes=statistics.get("peak_bytes_in_use"),
+        - analysis.alias_size_in_bytes
     )

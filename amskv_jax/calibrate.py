@@ -1,12 +1,11 @@
 """Calibration: measuring where a model's attention goes while it draws with the full cache."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +16,9 @@ from amskv_jax.cache.layout import Slots
 from amskv_jax.cache.static import StaticSlots
 from amskv_jax.cache.store import KVCache
 from amskv_jax.errors import UsageError
-from amskv_jax.generate import Sampler
+from amskv_jax.models.guidance import Drawing
+from amskv_jax.models.protocol import Conditions
+from amskv_jax.pipeline import Pipeline
 from amskv_jax.plan.stats import TOP_COUNTS, LayerStats
 from amskv_jax.policies.full import Full
 from amskv_jax.schedule import ScaleSchedule
@@ -49,42 +50,39 @@ class AttentionObserver:
 
     Attributes:
       schedule: the model's scales.
-      scale: factor of the attention logits.
       top_counts: see ``LayerStats``.
     """
 
     schedule: ScaleSchedule
-    scale: float
     top_counts: tuple[int, ...] = TOP_COUNTS
 
     def __call__(
-        self, slots: Slots, cache: KVCache, layer: jax.Array, step: int, qkv: QKV
+        self, slots: Slots, cache: KVCache, layer: jax.Array, step: int, qkv: QKV, scale: float
     ) -> Observation:
         """Return what the layer's attention shows at ``step``."""
         assert isinstance(slots, StaticSlots), "the full cache is static"
         query, key, _ = qkv
-        keys = [_cached_keys(slots, cache, layer, step, scale) for scale in range(step)]
+        keys = [_cached_keys(slots, cache, layer, step, earlier) for earlier in range(step)]
         keys.append(key.astype(cache.keys.dtype))
         if step:
             grids = self.schedule.grids[step - 1], self.schedule.grids[step]
             similarity, cosine = key_similarity(keys[-2], keys[-1], *grids)
         else:
             similarity = cosine = jnp.full(len(query), jnp.nan)
-        density, history_top = attention_shares(query, keys, self.scale, self.top_counts)
+        density, history_top = attention_shares(query, keys, scale, self.top_counts)
         later = self.schedule.num_scales - 1 - step
         density = jnp.pad(density, ((0, 0), (0, 0), (0, later)))
         return Observation(similarity, cosine, density, history_top)
 
 
 def calibrate(
-    sampler: Sampler,
-    params: Any,
-    labels: jax.Array | np.ndarray,
-    keys: jax.Array,
-    guidance: float,
+    pipe: Pipeline,
+    conditions: Conditions,
     *,
+    count: int,
     batch: int,
-    fingerprint: str = "",
+    seed: int = 0,
+    drawing: Drawing | None = None,
     settings: Mapping[str, Any] | None = None,
     progress: Callable[[int], object] = lambda done: None,
 ) -> LayerStats:
@@ -94,56 +92,52 @@ def calibrate(
     pictures that are not counted. Sums over pictures are kept in float64.
 
     Args:
-      sampler: the model and how tokens are drawn; its plan, pictures and trace are not used.
-      params: see ``Sampler``.
-      labels: [N] int32, one picture each.
-      keys: [N] PRNG keys, see ``generate.picture_keys``.
-      guidance: see ``Sampler``.
+      pipe: the model.
+      conditions: what to draw, in turn.
+      count: pictures.
       batch: pictures drawn at once.
-      fingerprint: of the weights, see ``checkpoint.fingerprint``.
+      seed: of the random numbers.
+      drawing: how tokens are drawn; the pipeline's own way if not given.
       settings: what else to record beside the numbers.
       progress: called after every batch with the number of pictures done.
 
     Returns:
-      The statistics, averaged over all pictures and both halves of guidance.
+      The statistics, averaged over all pictures and the rows of each.
 
     Raises:
-      UsageError: if there are no labels, or ``batch`` is below 1.
+      UsageError: if there are no pictures, or ``batch`` is below 1.
       AmskvError: if attention is not finite somewhere.
     """
-    chex.assert_equal_shape_prefix((labels, keys), 1)
-    if not len(labels) or batch < 1:
-        raise UsageError(f"cannot measure {len(labels)} pictures, {batch} at once: 1 or more each")
-    config = sampler.transformer
-    schedule = config.schedule
-    sampler = replace(
-        sampler,
-        plan=Full().plan(schedule, config.depth),
-        decode=False,
-        trace=False,
-        observe=AttentionObserver(schedule, config.attention_scale),
-    )
-    count = len(labels)
+    if count < 1 or batch < 1:
+        raise UsageError(f"cannot measure {count} pictures, {batch} at once: 1 or more each")
+    drawing = drawing or pipe.drawing
+    sampler = pipe.sampler(Full(), drawing, observe=AttentionObserver(pipe.schedule))
+    drawer = pipe.drawer(sampler, conditions, batch, drawing, decode=False)
     sums: list[Observation] | None = None
-    for start in range(0, count, batch):
-        chosen = np.minimum(np.arange(start, start + batch), count - 1)
-        real = min(batch, count - start)
-        steps = sampler(params, labels[chosen], keys[chosen], guidance).observed
-        sum_rows = partial(_sum_rows, batch=batch, real=real)
-        found = [jax.tree.map(sum_rows, scans[0]) for scans in steps]
+    for drawn in drawer.batches(pipe.params, seed, 0, count, pipe.controls(drawing)):
+        sum_rows = partial(_sum_rows, batch=batch, real=drawn.count)
+        found = [jax.tree.map(sum_rows, scans[0]) for scans in drawn.samples.observed]
         sums = found if sums is None else jax.tree.map(np.add, sums, found)
-        progress(start + real)
+        progress(drawn.first + drawn.count)
     means = jax.tree.map(lambda total: total / count, sums)
     similarity, cosine, density, history_top = map(np.stack, zip(*means, strict=True))
     return LayerStats(
-        schedule=schedule,
+        schedule=pipe.schedule,
         similarity=similarity.T,
         cosine=cosine.T,
         head_density=density.transpose(1, 2, 0, 3),
         history_top=history_top.transpose(1, 0, 2),
         pictures=count,
-        fingerprint=fingerprint,
-        settings={"guidance": float(guidance), **(settings or {})},
+        fingerprint=pipe.fingerprint,
+        settings={
+            "cfg": drawing.cfg,
+            "tau": drawing.tau,
+            "top_k": drawing.top_k,
+            "top_p": drawing.top_p,
+            "seed": seed,
+            "dtype": pipe.dtype,
+            **(settings or {}),
+        },
     )
 
 
@@ -214,8 +208,8 @@ def _cached_keys(
 def _sum_rows(values: jax.Array, batch: int, real: int) -> np.ndarray:
     """Average the rows of each picture, then sum the first ``real`` pictures, in float64.
 
-    ``values`` is [layers, rows, ...], of which the first ``batch`` are the conditional half.
+    ``values`` is [layers, rows, ...], the rows of a picture being next to each other.
     """
     array = np.asarray(values, np.float64)
-    per_picture = array.reshape(len(array), -1, batch, *array.shape[2:]).mean(1)
+    per_picture = array.reshape(len(array), batch, -1, *array.shape[2:]).mean(2)
     return per_picture[:, :real].sum(1)

@@ -1,72 +1,182 @@
-"""Drawing many pictures: balanced over the classes, numbered, the same for every policy."""
+"""Drawing numbered pictures in batches: one compiled program for all of them."""
 
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from amskv_jax.generate import Sampler
+from amskv_jax.decode import decode_pixels
+from amskv_jax.generate import Sampler, Samples, picture_keys
+from amskv_jax.models.guidance import Controls
+from amskv_jax.models.protocol import Conditions
 
 IN_FLIGHT = 2
 """Batches the device works on while the host waits for the oldest."""
 
 
-def balanced_labels(first: int, count: int, num_classes: int) -> np.ndarray:
-    """Return the classes of pictures ``first : first + count``, int32: 0, 1, 2, ... in turn."""
-    return (np.arange(first, first + count) % num_classes).astype(np.int32)
+@dataclass(frozen=True)
+class Chosen:
+    """Some of other conditions, in any order; see ``protocol.Conditions``.
+
+    Attributes:
+      conditions: the others.
+      numbers: which of them.
+    """
+
+    conditions: Conditions
+    numbers: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def batch(self, numbers: np.ndarray) -> Any:
+        """See ``protocol.Conditions``."""
+        return self.conditions.batch(self._chosen(numbers))
+
+    def classes(self, numbers: np.ndarray) -> np.ndarray | None:
+        """See ``protocol.Conditions``."""
+        return self.conditions.classes(self._chosen(numbers))
+
+    def captions(self, classes: Sequence[str]) -> list[str]:
+        """See ``protocol.Conditions``."""
+        captions = self.conditions.captions(classes)
+        return [captions[number % len(captions)] for number in self.numbers]
+
+    def _chosen(self, numbers: np.ndarray) -> np.ndarray:
+        return np.array(self.numbers)[numbers % len(self.numbers)]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pictures that were drawn together.
+
+    Attributes:
+      first: number of the first.
+      count: how many are wanted; more may have been drawn to fill the batch.
+      samples: as the sampler returned them.
+      pixels: [B, height, width, 3] uint8; None if they were not decoded.
+    """
+
+    first: int
+    count: int
+    samples: Samples
+    pixels: jax.Array | None
+
+    def tokens(self) -> np.ndarray:
+        """Return the tokens of the wanted pictures, [count, total, *K]."""
+        return np.asarray(self.samples.tokens)[: self.count]
+
+    def pictures(self) -> np.ndarray:
+        """Return the wanted pictures, uint8 [count, height, width, 3]."""
+        assert self.pixels is not None, "the drawer decodes"
+        return np.asarray(self.pixels)[: self.count]
 
 
 class Drawer:
-    """A sampler compiled for one batch size; picture n of a seed is the same in every batch.
+    """A sampler and a decoder compiled for one batch size.
+
+    Picture n of a seed is the same in every batch: its condition and its key follow from n.
 
     Attributes:
+      sampler: what draws.
       batch: pictures drawn at once.
+      trace_seconds: time that tracing and lowering took.
+      compile_seconds: time that all of it took.
+      programs: the compiled sampler and, if pictures are decoded, the compiled decoder.
     """
 
-    def __init__(self, sampler: Sampler, params: Any, batch: int) -> None:
+    def __init__(
+        self,
+        sampler: Sampler,
+        params: Any,
+        conditions: Conditions,
+        controls: Controls,
+        batch: int,
+        *,
+        decode: bool = True,
+    ) -> None:
         """Compile; may be called in any thread, as compilation leaves the interpreter free.
 
         Args:
-          sampler: what to draw with; it must decode.
-          params: the weights, see ``Sampler``.
+          sampler: what to draw with.
+          params: the weights, see ``Sampler``; arrays, or structs of their shapes.
+          conditions: what to draw, also later: only their shapes are compiled in.
+          controls: of the shapes that later ones have.
           batch: pictures drawn at once.
+          decode: make pictures of the latents.
         """
-        self.batch = batch
-        key, numbers = jax.random.key(0), jax.ShapeDtypeStruct((batch,), jnp.int32)
-        cfg = jax.ShapeDtypeStruct((), jnp.float32)
-        self._compiled = _draw.lower(sampler, params, key, numbers, cfg).compile()
+        self.sampler, self.conditions, self.batch = sampler, conditions, batch
+        start = time.perf_counter()
+        keys = jax.eval_shape(lambda: picture_keys(jax.random.key(0), batch))
+        condition = conditions.batch(np.arange(batch))
+        lowered = [sampler.lower(params, condition, keys, controls)]
+        if decode:
+            latent = lowered[0].out_info.latent
+            how = sampler.model, sampler.plan.schedule, sampler.dtype
+            lowered.append(decode_pixels.lower(*how, _tokenizer(params), latent))
+        self.trace_seconds = time.perf_counter() - start
+        self.programs = [program.compile() for program in lowered]
+        self.compile_seconds = time.perf_counter() - start
 
-    def draw(self, params: Any, seed: int, first: int, count: int, cfg: float) -> np.ndarray:
-        """Return pictures ``first : first + count`` of a seed, uint8 [count, H, W, 3].
+    def call(
+        self, params: Any, condition: Any, keys: jax.Array, controls: Controls
+    ) -> tuple[Samples, jax.Array | None]:
+        """Start one batch on the device; arguments are those of ``Sampler``.
+
+        Returns:
+          What the sampler returns, and the pixels [B, height, width, 3] uint8 if they are decoded.
+        """
+        samples: Samples = self.programs[0](params, condition, keys, controls)
+        decoded = [decoder(_tokenizer(params), samples.latent) for decoder in self.programs[1:]]
+        return samples, decoded[0] if decoded else None
+
+    def batches(
+        self, params: Any, seed: int, first: int, count: int, controls: Controls
+    ) -> Iterator[Batch]:
+        """Yield pictures ``first : first + count`` of a seed in batches.
+
+        The device is kept busy: some batches are under way while one is looked at.
 
         Args:
           params: the weights.
           seed: of the random numbers.
-          first: number of the first picture; its class is that of ``balanced_labels``.
+          first: number of the first picture.
           count: pictures.
-          cfg: strength of classifier-free guidance at the last scale.
+          controls: see ``Sampler``.
         """
-        key, guidance = jax.random.key(seed), np.float32(cfg)
-        running: list[jax.Array] = []
-        done: list[np.ndarray] = []
+        running: deque[Batch] = deque()
         for start in range(first, first + count, self.batch):
-            numbers = np.arange(start, start + self.batch, dtype=np.int32)
-            running.append(self._compiled(params, key, numbers, guidance))
+            condition = self.conditions.batch(np.arange(start, start + self.batch))
+            keys = _keys(seed, start, self.batch)
+            wanted = min(self.batch, first + count - start)
+            running.append(Batch(start, wanted, *self.call(params, condition, keys, controls)))
             if len(running) > IN_FLIGHT:
-                done.append(np.asarray(running.pop(0)))
-        done += map(np.asarray, running)
-        return np.concatenate(done)[:count]
+                yield running.popleft()
+        yield from running
+
+    def draw(
+        self, params: Any, seed: int, first: int, count: int, controls: Controls
+    ) -> np.ndarray:
+        """Return pictures ``first : first + count`` of a seed, uint8; see ``batches``."""
+        batches = self.batches(params, seed, first, count, controls)
+        return np.concatenate([batch.pictures() for batch in batches])
 
 
-@partial(jax.jit, static_argnums=0)
-def _draw(
-    sampler: Sampler, params: Any, key: jax.Array, numbers: jax.Array, cfg: jax.Array
-) -> jax.Array:
-    """Return the pictures with these numbers, uint8 [B, H, W, 3]; see ``generate.picture_keys``."""
-    labels = numbers % sampler.transformer.num_classes
-    keys = jax.vmap(partial(jax.random.fold_in, key))(numbers)
-    pictures = sampler(params, labels, keys, cfg).pictures
-    assert pictures is not None, "the sampler decodes"
-    return jnp.rint(jnp.clip(pictures, 0, 1) * 255).astype(jnp.uint8)
+def _tokenizer(params: Any) -> Any:
+    """Return the weights that decoding needs, so that it is compiled for no others."""
+    return {"tokenizer": params["tokenizer"]}
+
+
+def _keys(seed: int, first: int, count: int) -> jax.Array:
+    return _fold(jax.random.key(seed), np.arange(first, first + count, dtype=np.int32))
+
+
+@jax.jit
+def _fold(key: jax.Array, numbers: jax.Array) -> jax.Array:
+    keys: jax.Array = jax.vmap(partial(jax.random.fold_in, key))(numbers)
+    return keys

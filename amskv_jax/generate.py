@@ -1,4 +1,4 @@
-"""Next-scale generation: one jitted function from labels and keys to tokens and pictures."""
+"""Next-scale generation: one jitted function from conditions and keys to tokens and latents."""
 
 from dataclasses import dataclass, field
 from functools import partial
@@ -8,20 +8,17 @@ import chex
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax import lax
 
 from amskv_jax.attention import Attention, Implementation
 from amskv_jax.cache.layout import CacheLayout
 from amskv_jax.cache.stack import Observer, apply_blocks
 from amskv_jax.errors import AmskvError
-from amskv_jax.models.var.config import VARConfig, VQVAEConfig
-from amskv_jax.models.var.transformer import VAR, Block
-from amskv_jax.models.var.vqvae import VQVAE
+from amskv_jax.models.guidance import Controls, Guidance
+from amskv_jax.models.protocol import Model, Tokenizer
 from amskv_jax.plan.retention import RetentionPlan
-from amskv_jax.sampling import TokenSampling, draw, filter_logits, guide, smooth_mixture
-
-DECODED_PIXELS = 16 * 256 * 256
-"""Pictures are decoded in chunks of about this many pixels: the decoder's activations are large."""
+from amskv_jax.plan.shape import CacheShape
+from amskv_jax.sampling import TokenSampling, draw, filter_logits, smooth_mixture
+from amskv_jax.schedule import ScaleSchedule
 
 
 @struct.dataclass
@@ -29,14 +26,16 @@ class Samples:
     """What one call of a sampler returns.
 
     Attributes:
-      tokens: [B, total] int32.
-      pictures: [B, height, width, 3] float32 in [0, 1]; None if not decoded.
-      logits: with ``trace``, the guided logits before filtering [B, total, V] float32.
+      tokens: as they were drawn, [B, total, *K] int32; those of forced scales were not used.
+      latent: what the tokens describe, for ``decode``, [B, h, w, C] float32.
+      pictures: [B, height, width, 3] float32 in [0, 1]; None before they are decoded.
+      logits: with ``trace``, the guided logits before filtering [B, total, *K, V] float32.
       latents: with ``trace``, the accumulated latent after each scale [S, B, h, w, C] float32.
       observed: per step, what the observer returned (see ``stack.apply_blocks``).
     """
 
     tokens: jax.Array
+    latent: jax.Array
     pictures: jax.Array | None = None
     logits: jax.Array | None = None
     latents: jax.Array | None = None
@@ -47,137 +46,175 @@ class Samples:
 class Sampler:
     """Generates pictures with a fixed model, retention plan and way of drawing tokens.
 
-    The object is hashable and a static argument of ``jit``: calls with other labels, keys, guidance
-    or weights of the same shapes do not compile again.
+    The object is hashable and a static argument of ``jit``: calls with other conditions, keys,
+    controls or weights of the same shapes do not compile again. ``Pipeline.sampler`` makes one.
 
     On NVIDIA GPUs with cuDNN attention, the first call of a sampler must have a device for itself:
     cuDNN loads its kernels under a capture of the stream on which XLA runs everything there, and
     what another thread of the process launches meanwhile is lost.
 
     Attributes:
-      transformer: shape of the transformer.
-      tokenizer: shape of the VQVAE.
-      plan: what the cache keeps.
+      model: the model's shape.
+      plan: what the cache keeps, and the schedule that is drawn.
+      guidance: where guidance acts, and so whether a picture has one row or two.
       sampling: how tokens are drawn.
       dtype: "float32" or "bfloat16": matrix products and cache.
       attention: back end, see ``attention.attend``.
-      decode: whether to turn the latents into pictures.
       trace: whether to return logits and the latents of all scales.
       observe: looks at every layer's attention, see ``stack.Observer``.
 
     Raises:
-      AmskvError: if plan, transformer and tokenizer do not fit together.
+      AmskvError: if model and plan do not fit together.
     """
 
-    transformer: VARConfig
-    tokenizer: VQVAEConfig
+    model: Model
     plan: RetentionPlan
+    guidance: Guidance = field(default_factory=Guidance)
     sampling: TokenSampling = field(default_factory=TokenSampling)
     dtype: str = "float32"
     attention: Implementation = "auto"
-    decode: bool = True
     trace: bool = False
     observe: Observer | None = None
 
     def __post_init__(self) -> None:
-        config = self.transformer
-        if self.plan.num_layers != config.depth:
+        self.model.check_schedule(self.plan.schedule)
+        if self.plan.num_layers != self.shape.num_layers:
             raise AmskvError(
-                f"the retention plan has {self.plan.num_layers} layers, the model {config.depth}"
+                f"the retention plan has {self.plan.num_layers} layers, "
+                f"the model {self.shape.num_layers}"
             )
-        for other, name in ((self.plan.schedule, "plan"), (self.tokenizer.schedule, "tokenizer")):
-            if other != config.schedule:
-                raise AmskvError(f"the {name}'s scales are {other}, the model's {config.schedule}")
+
+    @property
+    def shape(self) -> CacheShape:
+        """What the model caches."""
+        return self.model.cache_shape(self.plan.schedule)
 
     @partial(jax.jit, static_argnums=0)
-    def __call__(
-        self, params: Any, labels: jax.Array, keys: jax.Array, guidance: jax.Array | float
-    ) -> Samples:
-        """Generate one picture per label.
+    def __call__(self, params: Any, condition: Any, keys: jax.Array, controls: Controls) -> Samples:
+        """Generate one picture per key.
 
         Args:
-          params: {"transformer": ..., "tokenizer": ...}.
-          labels: [B] int32, below ``num_classes``.
+          params: the weights, a tree per part of the model.
+          condition: what to draw, leaves [B, ...]: see ``protocol.Conditions``.
           keys: [B] PRNG keys, see ``picture_keys``.
-          guidance: strength of classifier-free guidance at the last scale (``cfg``).
+          controls: strength of guidance, temperature, forced codes: see ``Model.controls``.
         """
-        chex.assert_rank(labels, 1)
-        chex.assert_equal_shape_prefix((labels, keys), 1)
-        config, schedule = self.transformer, self.transformer.schedule
-        model: Any = VAR(config, self.dtype)  # Flax's type of `apply` says little
-        variables = {"params": params["transformer"]}
-        tokenizer: Any = VQVAE(self.tokenizer, self.dtype)
-        codes = {"params": params["tokenizer"]}
-
-        batch = labels.shape[0]
-        labels = jnp.concatenate([labels, jnp.full_like(labels, config.num_classes)])
-        embedding, modulation, head = model.apply(variables, labels, method=VAR.condition)
-        x = model.apply(variables, embedding, method=VAR.first_input)
-        weights = (params["transformer"]["blocks"], modulation)
-
+        batch, schedule, guidance = len(keys), self.plan.schedule, self.guidance
+        chex.assert_tree_shape_prefix(condition, (batch,))
+        chex.assert_shape((controls.strength, controls.temperature), (schedule.num_scales,))
+        transformer, tokenizer = self.model.bind(params, schedule, self.dtype)
+        prepared = transformer.prepare(condition, guidance)
         layout = CacheLayout.of(self.plan)
-        caches = layout.init(2 * batch, config.num_heads, config.head_dim, self.dtype)
-        block = Block(config, self.dtype)
+        shape = self.shape
+        caches = layout.init(
+            batch * guidance.rows_per_picture, shape.num_heads, shape.head_dim, self.dtype
+        )
+        mixes = jnp.asarray(guidance.layer_flags(shape.num_layers))
 
-        def run_block(own: Any, x: jax.Array, attention: Attention) -> tuple[jax.Array, Any]:
-            block_params, block_modulation = own
-            return block.apply({"params": block_params}, x, block_modulation, attention)
-
-        latent = jnp.zeros((batch, *schedule.grids[-1], config.latent_channels), jnp.float32)
+        x = prepared.start
+        latent = jnp.zeros((batch, *tokenizer.latent_shape), jnp.float32)
         tokens, traced_logits, latents, observed = [], [], [], []
         for step in range(schedule.num_scales):
+            strength = controls.strength[step]
+
+            def block(
+                layer: Any,
+                x: jax.Array,
+                attention: Attention,
+                step: int = step,
+                strength: jax.Array = strength,
+            ) -> tuple[jax.Array, Any]:
+                own, mixed = layer
+                x, carry = transformer.block(own, prepared.shared, x, step, attention)
+                if guidance.on_layers:
+                    x = guidance.mix_rows(x, strength, mixed)
+                return x, carry
+
             x, caches, seen = apply_blocks(
-                run_block,
-                weights,
+                block,
+                (prepared.layers, mixes),
                 x,
                 caches,
                 layout,
                 step,
-                scale=config.attention_scale,
+                scale=transformer.attention_scale,
                 implementation=self.attention,
                 observe=self.observe,
             )
             observed.append(seen)
-            progress = step / max(1, schedule.num_scales - 1)
-            logits = guide(model.apply(variables, x, head, method=VAR.logits), guidance, progress)
-            filtered = filter_logits(logits, self.sampling.top_k, self.sampling.top_p)
-            step_keys = jax.vmap(partial(jax.random.fold_in, data=step))(keys)
-            tokens.append(draw(step_keys, filtered, self.sampling))
-            if self.sampling.more_smooth:
-                smooth_keys = jax.vmap(partial(jax.random.fold_in, data=schedule.num_scales))(
-                    step_keys
-                )
-                mixture = smooth_mixture(smooth_keys, filtered, progress)
-                codebook = params["tokenizer"]["quantizer"]["codebook"].astype(jnp.float32)
-                entries = jnp.matmul(mixture, codebook, precision=lax.Precision.HIGHEST)
-            else:
-                entries = tokenizer.apply(codes, tokens[-1], method=VQVAE.embed)
-            latent = tokenizer.apply(codes, latent, entries, step, method=VQVAE.accumulate)
+            logits = transformer.logits(x, prepared.shared) * (1 / controls.temperature[step])
+            logits = guidance.mix_logits(logits, strength)
+            drawn, entries = self._draw(tokenizer, keys, logits, controls.forced, step)
+            tokens.append(drawn)
+            latent = tokenizer.accumulate(latent, entries, step)
             if step + 1 < schedule.num_scales:
-                features = tokenizer.apply(codes, latent, step, method=VQVAE.next_input)
-                x = model.apply(variables, features, step + 1, method=VAR.next_input)
-                x = jnp.concatenate([x, x])
+                features = tokenizer.next_input(latent, step)
+                x = guidance.repeat(transformer.next_input(features, step + 1))
             if self.trace:
                 traced_logits.append(logits)
                 latents.append(latent)
 
         return Samples(
             tokens=jnp.concatenate(tokens, axis=1),
-            pictures=self._pictures(codes, latent) if self.decode else None,
+            latent=latent,
             logits=jnp.concatenate(traced_logits, axis=1) if self.trace else None,
             latents=jnp.stack(latents) if self.trace else None,
             observed=observed if self.observe else None,
         )
 
-    def _pictures(self, codes: Any, latent: jax.Array) -> jax.Array:
-        height, width = self.tokenizer.picture_size
-        tokenizer = VQVAE(self.tokenizer, self.dtype)
+    def compile(
+        self, params: Any, condition: Any, keys: jax.Array, controls: Controls
+    ) -> jax.stages.Compiled:
+        """Compile for arguments of these shapes, as ``__call__`` has them; arrays or structs."""
+        return self.lower(params, condition, keys, controls).compile()
 
-        def decode(latent: jax.Array) -> jax.Array:
-            picture = tokenizer.apply(codes, latent[None], method=VQVAE.decode)[0]
-            return (picture.astype(jnp.float32) + 1) / 2
+    def lower(
+        self, params: Any, condition: Any, keys: jax.Array, controls: Controls
+    ) -> jax.stages.Lowered:
+        """Trace and lower for arguments of these shapes."""
+        return type(self).__call__.lower(self, params, condition, keys, controls)
 
-        return lax.map(decode, latent, batch_size=max(1, DECODED_PIXELS // (height * width)))
+    def _draw(
+        self,
+        tokenizer: Tokenizer,
+        keys: jax.Array,
+        logits: jax.Array,
+        forced: jax.Array | None,
+        step: int,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Return the tokens [B, T, *K] of one scale, and the entries [B, T, C'] that go on."""
+        schedule = self.plan.schedule
+        sampling = self.sampling
+        greedy = sampling.top_k == 1 and not sampling.more_smooth
+        filtered = logits if greedy else filter_logits(logits, sampling.top_k, sampling.top_p)
+        step_keys = jax.vmap(partial(jax.random.fold_in, data=step))(keys)
+        drawn = draw(step_keys, filtered, sampling)
+        if forced is not None and forced.shape[1] >= schedule.offsets[step + 1]:
+            return drawn, tokenizer.embed(forced[:, schedule.slice(step)])
+        if not sampling.more_smooth:
+            return drawn, tokenizer.embed(drawn)
+        smooth_keys = jax.vmap(partial(jax.random.fold_in, data=schedule.num_scales))(step_keys)
+        progress = step / max(1, schedule.num_scales - 1)
+        return drawn, tokenizer.embed_mixture(smooth_mixture(smooth_keys, filtered, progress))
+
+
+def force(controls: Controls, codes: jax.Array, schedule: ScaleSchedule) -> Controls:
+    """Return controls by which the first scales get these codes.
+
+    Args:
+      controls: all else.
+      codes: [B, T_0 + ... + T_(n-1), *K] for the first n scales, in the model's own layout.
+      schedule: what is drawn.
+
+    Raises:
+      AmskvError: if the codes are not those of whole scales.
+    """
+    if codes.shape[1] not in schedule.offsets[1:]:
+        raise AmskvError(
+            f"there are {codes.shape[1]} forced codes a picture: expected those of the first "
+            f"scales of {schedule}, {', '.join(map(str, schedule.offsets[1:]))}"
+        )
+    return controls.replace(forced=codes)  # type: ignore[attr-defined, no-any-return]
 
 
 def picture_keys(key: jax.Array, count: int, first: int = 0) -> jax.Array:

@@ -1,26 +1,29 @@
 """Loading a checkpoint and sampling from it: the short way to pictures."""
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import numpy as np
 
 from amskv_jax.attention import Implementation
+from amskv_jax.cache.stack import Observer
 from amskv_jax.checkpoints.embedded import find_checkpoint
 from amskv_jax.checkpoints.folder import load_checkpoint
-from amskv_jax.checkpoints.info import GUIDANCE, CheckpointInfo
-from amskv_jax.errors import AmskvError, UsageError
+from amskv_jax.checkpoints.info import CheckpointInfo
+from amskv_jax.decode import decode
+from amskv_jax.drawing import Drawer
 from amskv_jax.generate import Sampler, Samples, picture_keys
-from amskv_jax.models.var.config import VARConfig, VQVAEConfig
+from amskv_jax.models.guidance import Controls, Drawing
+from amskv_jax.models.protocol import Conditions, Model
+from amskv_jax.plan.retention import RetentionPlan
+from amskv_jax.plan.shape import CacheShape
 from amskv_jax.plan.stats import LayerStats
 from amskv_jax.policies import Full, Policy
 from amskv_jax.sampling import TokenSampling
-
-TOP_K, TOP_P = 900, 0.96
-"""Top-k and top-p unless given: those with which VAR's authors show pictures."""
+from amskv_jax.schedule import ScaleSchedule
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,94 +31,167 @@ class Pipeline:
     """A model with its weights on the default device.
 
     Attributes:
-      transformer: shape of the transformer.
-      tokenizer: shape of the VQVAE.
-      params: the weights, {"transformer": ..., "tokenizer": ...}.
+      model: the model's shape.
+      params: the weights, a tree per part.
+      schedule: what is drawn.
       dtype: "float32" or "bfloat16", of weights, matrix products and cache.
-      fingerprint: of the weights, see ``checkpoint.fingerprint``.
+      drawing: how pictures are drawn unless a call says otherwise.
+      fingerprint: of the weights, see ``checkpoints.folder.fingerprint``.
       classes: names of the classes; none if they are not known.
-      guidance: strength of classifier-free guidance that suits the model.
+      encode: turns what a user types into what ``Model.conditions`` takes; None where these are
+        the same.
     """
 
-    transformer: VARConfig
-    tokenizer: VQVAEConfig
+    model: Model
     params: Any
+    schedule: ScaleSchedule
     dtype: str
+    drawing: Drawing
     fingerprint: str = ""
     classes: tuple[str, ...] = ()
-    guidance: float = GUIDANCE
+    encode: Callable[[Any], Any] | None = None
+
+    @classmethod
+    def of(cls, info: CheckpointInfo, params: Any, dtype: str | None = None) -> "Pipeline":
+        """Return the pipeline of a checkpoint.
+
+        Args:
+          info: what the checkpoint says about itself.
+          params: its weights in ``dtype``; None for what needs none, such as plans.
+          dtype: as in ``load``.
+        """
+        return cls(
+            model=info.model,
+            params=params,
+            schedule=info.model.schedule,
+            dtype=dtype or info.dtype,
+            drawing=info.drawing,
+            fingerprint=info.fingerprint,
+            classes=info.classes,
+        )
+
+    @property
+    def shape(self) -> CacheShape:
+        """What the model caches."""
+        return self.model.cache_shape(self.schedule)
+
+    def plan(self, policy: Policy, stats: LayerStats | None = None) -> RetentionPlan:
+        """Return what a policy keeps of this model's cache.
+
+        Raises:
+          AmskvError: if policy or statistics do not fit the model.
+        """
+        if stats is not None:
+            stats.check(self.schedule, self.shape.num_layers, self.fingerprint or None)
+        return policy.plan(self.schedule, self.shape.num_layers, stats)
 
     def sampler(
         self,
-        policy: Policy = Full(),  # noqa: B008 (frozen)
+        plan: RetentionPlan | Policy = Full(),  # noqa: B008 (frozen)
+        drawing: Drawing | None = None,
         *,
-        top_k: int = TOP_K,
-        top_p: float = TOP_P,
-        more_smooth: bool = False,
         stats: LayerStats | None = None,
         attention: Implementation = "auto",
+        trace: bool = False,
+        observe: Observer | None = None,
     ) -> Sampler:
-        """Return the compiled part of ``sample``, for use with ``params``; arguments as there."""
-        if stats is not None:
-            stats.check(self.transformer.schedule, self.transformer.depth, self.fingerprint or None)
+        """Return the compiled part of ``sample``, for use with ``params``.
+
+        Args:
+          plan: what the cache keeps, or the policy that says so.
+          drawing: how pictures are drawn; ``self.drawing`` if not given.
+          stats: what calibration measured, for policies that use it.
+          attention: back end, see ``attention.attend``.
+          trace: see ``Sampler``.
+          observe: see ``Sampler``.
+
+        Raises:
+          AmskvError: if something does not fit the model.
+        """
+        drawing = drawing or self.drawing
         return Sampler(
-            transformer=self.transformer,
-            tokenizer=self.tokenizer,
-            plan=policy.plan(self.transformer.schedule, self.transformer.depth, stats),
-            sampling=TokenSampling(top_k, top_p, more_smooth),
+            model=self.model,
+            plan=plan if isinstance(plan, RetentionPlan) else self.plan(plan, stats),
+            guidance=self.model.guidance(drawing),
+            sampling=TokenSampling(drawing.top_k, drawing.top_p, drawing.more_smooth),
             dtype=self.dtype,
             attention=attention,
+            trace=trace,
+            observe=observe,
         )
+
+    def controls(self, drawing: Drawing | None = None) -> Controls:
+        """Return what a call of a sampler needs to draw so; raises UsageError if it cannot."""
+        return self.model.controls(self.schedule, drawing or self.drawing)
+
+    def conditions(self, wanted: Any) -> Conditions:
+        """Return what a user asks for as numbered conditions.
+
+        Args:
+          wanted: what the kind of model takes, such as class indices [N]; None for an example of
+            each.
+
+        Raises:
+          UsageError: if it cannot be drawn.
+        """
+        encoded = wanted if self.encode is None or wanted is None else self.encode(wanted)
+        return self.model.conditions(encoded)
+
+    def drawer(
+        self,
+        sampler: Sampler,
+        conditions: Conditions,
+        batch: int,
+        drawing: Drawing | None = None,
+        *,
+        decode: bool = True,
+    ) -> Drawer:
+        """Compile a sampler of this pipeline for batches; see ``drawing.Drawer``."""
+        controls = self.controls(drawing)
+        return Drawer(sampler, self.params, conditions, controls, batch, decode=decode)
 
     def sample(
         self,
-        labels: Sequence[int] | np.ndarray | jax.Array,
+        wanted: Any,
         *,
         key: jax.Array,
         policy: Policy = Full(),  # noqa: B008 (frozen)
-        cfg: float | None = None,
-        top_k: int = TOP_K,
-        top_p: float = TOP_P,
-        more_smooth: bool = False,
         stats: LayerStats | None = None,
         attention: Implementation = "auto",
+        **drawing: Any,
     ) -> Samples:
-        """Generate one picture per label, all in one batch.
+        """Generate one picture for everything that is wanted, all in one batch.
 
-        The first call for a policy, a way of drawing and a number of labels compiles. A picture
-        depends on its label, the key and its place among the labels, and not on its neighbours.
+        The first call for a policy, a way of drawing and a number of pictures compiles. A picture
+        depends on its condition, the key and its place, and not on its neighbours.
 
         Args:
-          labels: class indices, [B].
+          wanted: class indices, [B].
           key: PRNG key, ``jax.random.key(seed)``.
           policy: what the cache keeps.
-          cfg: strength of classifier-free guidance at the last scale; what suits the model if not
-            given.
-          top_k: keep the k largest logits; 0 keeps all, 1 is greedy.
-          top_p: after top-k, drop the least likely tokens up to 1 - top_p in total; 0 keeps all.
-          more_smooth: feed back mixtures of codebook entries (smoother; not for evaluation).
           stats: what calibration measured, for policies that use it.
           attention: back end, see ``attention.attend``.
+          **drawing: fields of ``Drawing`` that shall differ from ``self.drawing``, such as
+            ``cfg=4.0`` or ``top_k=1``.
 
         Returns:
-          Tokens [B, total] int32 and pictures [B, height, width, 3] float32 in [0, 1].
+          Tokens [B, total, *K] int32 and pictures [B, height, width, 3] float32 in [0, 1].
 
         Raises:
-          UsageError: if there are no labels, one is no class of the model, or an option is out of
-            range.
+          UsageError: if nothing is wanted, or something that the model cannot draw, or an option is
+            out of range.
           AmskvError: if policy or statistics do not fit the model.
         """
-        classes = check_labels(labels, self.transformer.num_classes)
-        sampler = self.sampler(
-            policy,
-            top_k=top_k,
-            top_p=top_p,
-            more_smooth=more_smooth,
-            stats=stats,
-            attention=attention,
-        )
-        strength = self.guidance if cfg is None else cfg
-        return sampler(self.params, classes, picture_keys(key, len(classes)), strength)
+        conditions = self.conditions(wanted)
+        chosen = replace(self.drawing, **{k: v for k, v in drawing.items() if v is not None})
+        sampler = self.sampler(policy, chosen, stats=stats, attention=attention)
+        count = len(conditions)
+        condition = conditions.batch(np.arange(count))
+        keys = picture_keys(key, count)
+        samples: Samples = sampler(self.params, condition, keys, self.controls(chosen))
+        tokenizer = {"tokenizer": self.params["tokenizer"]}
+        pictures = decode(self.model, self.schedule, self.dtype, tokenizer, samples.latent)
+        return replace(samples, pictures=pictures)
 
 
 def load(source: str | os.PathLike[str] | None = None, dtype: str | None = None) -> Pipeline:
@@ -127,48 +203,7 @@ def load(source: str | os.PathLike[str] | None = None, dtype: str | None = None)
       dtype: "float32" or "bfloat16"; None takes the one in which the weights are stored.
 
     Raises:
-      AmskvError: if this is no checkpoint of a class-conditional model, or damaged.
+      AmskvError: if this is no checkpoint, or damaged.
     """
     checkpoint = load_checkpoint(find_checkpoint(source), dtype)
-    transformer, tokenizer = model_configs(checkpoint.info)
-    return Pipeline(
-        transformer=transformer,
-        tokenizer=tokenizer,
-        params=checkpoint.params,
-        dtype=dtype or checkpoint.info.dtype,
-        fingerprint=checkpoint.info.fingerprint,
-        classes=checkpoint.info.classes,
-        guidance=checkpoint.info.guidance,
-    )
-
-
-def model_configs(info: CheckpointInfo) -> tuple[VARConfig, VQVAEConfig]:
-    """Return the shapes of transformer and tokenizer of a class-conditional checkpoint.
-
-    Raises:
-      AmskvError: if it is of another kind.
-    """
-    transformer, tokenizer = info.configs.get("transformer"), info.configs.get("tokenizer")
-    if not (isinstance(transformer, VARConfig) and isinstance(tokenizer, VQVAEConfig)):
-        raise AmskvError(f"this is a checkpoint of the kind {info.kind}, expected var")
-    return transformer, tokenizer
-
-
-def check_labels(labels: Sequence[int] | np.ndarray | jax.Array, num_classes: int) -> np.ndarray:
-    """Return labels as an int32 array [B].
-
-    Raises:
-      UsageError: if there are none, or one is not a class of the model.
-    """
-    array = np.asarray(labels)
-    if array.size == 0:
-        raise UsageError(f"no labels given: expected at least one of 0-{num_classes - 1}")
-    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
-        raise UsageError(
-            f"labels have shape {array.shape} and type {array.dtype}: expected a list of integers"
-        )
-    wrong = array[(array < 0) | (array >= num_classes)]
-    if wrong.size:
-        listed = ", ".join(map(str, wrong[:5])) + (", ..." if wrong.size > 5 else "")
-        raise UsageError(f"unknown label {listed}: the model has classes 0-{num_classes - 1}")
-    return array.astype(np.int32)
+    return Pipeline.of(checkpoint.info, checkpoint.params, dtype)

@@ -1,4 +1,4 @@
-"""Turning logits into tokens: guidance, top-k, top-p, greedy, smoothing."""
+"""Turning logits into tokens: top-k, top-p, greedy, smoothing."""
 
 from dataclasses import dataclass
 
@@ -33,22 +33,6 @@ class TokenSampling:
             raise UsageError(f"top-k must be 0 (off) or more, not {self.top_k}")
         if not 0.0 <= self.top_p <= 1.0:
             raise UsageError(f"top-p must lie between 0 (off) and 1, not {self.top_p}")
-
-
-def guide(logits: jax.Array, guidance: jax.Array | float, progress: float) -> jax.Array:
-    """Combine conditional and unconditional logits (classifier-free guidance).
-
-    Args:
-      logits: [2 B, T, V], conditional rows first.
-      guidance: strength at the last scale.
-      progress: 0 at the first scale, 1 at the last; the strength grows in proportion.
-
-    Returns:
-      [B, T, V].
-    """
-    conditional, unconditional = jnp.split(logits, 2)
-    strength = guidance * progress
-    return (1 + strength) * conditional - strength * unconditional
 
 
 def filter_logits(logits: jax.Array, top_k: int = 0, top_p: float = 0.0) -> jax.Array:
@@ -95,15 +79,15 @@ def _sort(x: jax.Array) -> jax.Array:
 
 
 def draw(keys: jax.Array, logits: jax.Array, sampling: TokenSampling) -> jax.Array:
-    """Draw one token per position.
+    """Draw one code per position and code axis.
 
     Args:
       keys: [B] PRNG keys, one per picture, so that a picture does not depend on its batch.
-      logits: [B, T, V] float32, filtered.
+      logits: [B, T, *K, V] float32, filtered; ``*K`` are the code axes of a token.
       sampling: ``top_k`` 1 takes the largest logit (the first of equal ones).
 
     Returns:
-      [B, T] int32.
+      [B, T, *K] int32.
     """
     if sampling.top_k == 1:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -111,15 +95,15 @@ def draw(keys: jax.Array, logits: jax.Array, sampling: TokenSampling) -> jax.Arr
 
 
 def smooth_mixture(keys: jax.Array, logits: jax.Array, progress: float) -> jax.Array:
-    """Return Gumbel-softmax weights over the codebook, cooling as the scales progress.
+    """Return Gumbel-softmax weights over the choices, cooling as the scales progress.
 
     Args:
       keys: [B] PRNG keys.
-      logits: [B, T, V] float32, filtered.
+      logits: [B, T, *K, V] float32, filtered.
       progress: 0 at the first scale, 1 at the last.
 
     Returns:
-      [B, T, V] float32, summing to one.
+      [B, T, *K, V] float32, summing to one.
     """
     temperature = max(0.27 * (1 - 0.95 * progress), 0.005)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)

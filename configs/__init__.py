@@ -9,6 +9,7 @@ from importlib import import_module
 
 from amskv_jax.errors import UsageError
 from amskv_jax.models.var.config import VARConfig, VQVAEConfig
+from amskv_jax.models.var.model import VARModel
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,11 @@ class ModelConfig:
     description: str
     transformer: VARConfig
     tokenizer: VQVAEConfig
+
+    @property
+    def model(self) -> VARModel:
+        """The model's shape."""
+        return VARModel(self.transformer, self.tokenizer)
 
 
 def names() -> list[str]:

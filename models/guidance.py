@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax import lax
 
 from amskv_jax.errors import UsageError
 from amskv_jax.schedule import ScaleSchedule
@@ -74,6 +75,24 @@ class Guidance:
     on_logits: bool = True
     on_layers: tuple[int, ...] = ()
 
+    @classmethod
+    def at(cls, guide: tuple[int, ...], num_layers: int) -> "Guidance":
+        """Return guidance at the places that ``Drawing.guide`` names.
+
+        Raises:
+          UsageError: if there is none, or no such block, or one which comes before the blocks.
+        """
+        for place in guide:
+            if not -num_layers < place <= 0:
+                raise UsageError(
+                    f"guidance cannot act at {place}: expected 0 (on the logits), or -n for the "
+                    f"output of the n-th block from the end, -1 to -{num_layers - 1}"
+                )
+        if not guide:
+            raise UsageError("guidance acts nowhere: name a place, or set its strength to none")
+        layers = sorted({num_layers + place for place in guide if place})
+        return cls(0 in guide, tuple(layers))
+
     @property
     def paired(self) -> bool:
         """Whether a picture has two rows."""
@@ -93,7 +112,7 @@ class Guidance:
 
     def repeat(self, x: jax.Array) -> jax.Array:
         """Return the rows [rows, ...] of pictures [B, ...] whose rows are equal."""
-        return jnp.repeat(x, self.rows_per_picture, axis=0)
+        return self.pair(x, x)
 
     def mix_logits(self, logits: jax.Array, strength: jax.Array) -> jax.Array:
         """Return the guided logits g c + (1 - g) u of every picture.
@@ -110,8 +129,7 @@ class Guidance:
         conditional, unconditional = _halves(logits)
         if not self.on_logits:
             return conditional
-        # As the references compute it, (1 + s) c - s u, to the same rounding.
-        return strength * conditional - (strength - 1) * unconditional
+        return _extrapolate(conditional, unconditional, strength)
 
     def mix_rows(self, x: jax.Array, strength: jax.Array, mixes: jax.Array) -> jax.Array:
         """Return rows [rows, ...] of which both of a picture are g c + (1 - g) u.
@@ -122,7 +140,7 @@ class Guidance:
           mixes: whether this block mixes at all, bool scalar.
         """
         conditional, unconditional = _halves(x)
-        mixed = self.repeat(strength * conditional - (strength - 1) * unconditional)
+        mixed = self.repeat(_extrapolate(conditional, unconditional, strength))
         return jnp.where(mixes & (strength != 1), mixed, x)
 
     def layer_flags(self, num_layers: int) -> np.ndarray:
@@ -153,3 +171,22 @@ class Controls:
 def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     pairs = x.reshape(-1, 2, *x.shape[1:])
     return pairs[:, 0], pairs[:, 1]
+
+
+def _extrapolate(
+    conditional: jax.Array, unconditional: jax.Array, strength: jax.Array
+) -> jax.Array:
+    """Return g c + (1 - g) u, rounded in the same way wherever the compiler computes it.
+
+    What is drawn depends on comparing logits with sorted ones. A compiler may compute them once for
+    each, and fuse one product with the sum or the other, which rounds differently: the largest
+    would then be below itself. Integers between products and sum keep it from fusing them.
+    """
+    zero = jnp.isnan(strength).astype(jnp.int32)  # which the compiler does not know
+
+    def rounded(product: jax.Array) -> jax.Array:
+        bits = lax.bitcast_convert_type(product.astype(jnp.float32), jnp.int32)
+        return lax.bitcast_convert_type(bits + zero, jnp.float32)
+
+    # As the references compute it, (1 + s) c - s u.
+    return rounded(strength * conditional) - rounded((strength - 1) * unconditional)

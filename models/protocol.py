@@ -79,6 +79,11 @@ class Tokenizer(Protocol):
         """(h, w, C)."""
         ...
 
+    @property
+    def activation_bytes(self) -> int:
+        """Bytes of the largest activation while one picture is decoded."""
+        ...
+
     def embed(self, codes: jax.Array) -> jax.Array:
         """Return float32 entries [B, T, C'] of codes [B, T, *K]."""
         ...
@@ -115,8 +120,16 @@ class Conditions(Protocol):
         """
         ...
 
-    def captions(self) -> Sequence[str]:
-        """Return a short text for every one, for people."""
+    def classes(self, numbers: np.ndarray) -> np.ndarray | None:
+        """Return the classes of pictures with these numbers, [B] int32; None if they have none."""
+        ...
+
+    def captions(self, classes: Sequence[str]) -> Sequence[str]:
+        """Return a short text for every one, for people.
+
+        Args:
+          classes: names of the model's classes, where its checkpoint says them.
+        """
         ...
 
 

@@ -20,10 +20,10 @@ import numpy as np
 import pytest
 from reference_weights import recipe_state
 from safetensors.numpy import save_file
-from small_models import SMALL, TOKENIZER, TRANSFORMER
 
 from amskv_jax.checkpoints.initialize import init_checkpoint
 from amskv_jax.cli import main
+from amskv_jax.testing import SMALL, TOKENIZER, TRANSFORMER
 
 
 @dataclass(frozen=True)

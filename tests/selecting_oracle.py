@@ -6,7 +6,8 @@ Every function returns, per step, batch row and head, the ascending positions wh
 import math
 
 import numpy as np
-from recording import read_mask
+
+from amskv_jax.testing import read_mask
 
 
 def scalekv_positions(record, schedule, counts, *, window, kernel, scale, mode):

@@ -12,17 +12,19 @@ from made_stats import make_stats
 from reference_weights import GOLDEN, recipe_params
 
 from amskv_jax.cache.online import DecisionObserver, OnlineCache, OnlineSlots
-from amskv_jax.generate import Sampler, picture_keys
+from amskv_jax.generate import picture_keys
 from amskv_jax.models.var.config import VARConfig, VQVAEConfig
+from amskv_jax.models.var.model import VARModel
 from amskv_jax.plan.rows import StaticRow
 from amskv_jax.plan.runtime_rows import OnlineRow
 from amskv_jax.policies import AMSKV
 from amskv_jax.policies.walk import adaptive_walk, distinct_capacities
-from amskv_jax.sampling import TokenSampling
 from amskv_jax.schedule import VAR_256, ScaleSchedule
+from amskv_jax.testing import sample, with_pictures
 
 FEW = [ScaleSchedule.square(sides) for sides in ((1, 2, 3, 4), (1, 2, 2, 3, 3), (2, 1, 3))]
 CONFIG, TOKENIZER = VARConfig(2, 128, 2, VAR_256, 10, 64), VQVAEConfig(VAR_256, 64, 32, 32)
+MODEL = VARModel(CONFIG, TOKENIZER)
 
 
 def sequential_decisions(tokens, similarity, c_min, c_max, condensed, theta):
@@ -71,9 +73,9 @@ def recorded(golden, name):
 
 
 def generate(params, golden, name, plan, **options):
-    sampler = Sampler(CONFIG, TOKENIZER, plan, TokenSampling(top_k=1), trace=True, **options)
     labels = jnp.asarray(golden[f"{name}_labels"])
-    out = sampler(params, labels, picture_keys(jax.random.key(0), len(labels)), 1.5)
+    keys = picture_keys(jax.random.key(0), len(labels))
+    out = sample(MODEL, plan, params, labels, keys, trace=True, **options)
     np.testing.assert_array_equal(out.tokens, golden[f"{name}_tokens"])
     logits = out.logits[:, golden["positions"]]
     np.testing.assert_allclose(logits, golden[f"{name}_logits"], atol=2e-5)
@@ -84,7 +86,7 @@ def generate(params, golden, name, plan, **options):
 @pytest.mark.parametrize("name", ["A1", "A2", "A3", "A4", "A5"])
 def test_online_runs_decide_as_recorded(params, golden, name):
     plan = recorded(golden, name).plan(VAR_256, CONFIG.depth)
-    out = generate(params, golden, name, plan, decode=False, observe=DecisionObserver())
+    out = generate(params, golden, name, plan, observe=DecisionObserver())
     seen = [scans[0] for scans in out.observed]
     cached = json.loads(str(golden["decisions"]))[name]["cached"]
     for layer in range(CONFIG.depth):
@@ -104,7 +106,7 @@ def test_plans_from_recorded_similarities_draw_what_was_recorded(params, golden,
     plan = policy.plan(VAR_256, CONFIG.depth, make_stats(golden[f"{name}_neg_l2"]))
     attended = np.array([row.kept_tokens for row in plan.rows]) + VAR_256.tokens
     np.testing.assert_array_equal(attended, golden[f"{name}_attended_tokens"])
-    out = generate(params, golden, name, plan)
+    out = with_pictures(MODEL, plan, params, generate(params, golden, name, plan))
     picture = np.rint(255 * np.moveaxis(np.asarray(out.pictures[:1]), -1, 1))
     np.testing.assert_allclose(picture, golden[f"{name}_image"], atol=1)
 

@@ -5,21 +5,19 @@ import os
 
 import jax
 import pytest
-from small_models import SCHEDULE, TOKENIZER, TRANSFORMER
 
 from amskv_jax import benchmark
 from amskv_jax.benchmark import Measurement, OutOfMemoryError, measure, measure_in_new_process
 from amskv_jax.generate import Sampler
 from amskv_jax.policies import Full
 from amskv_jax.sampling import TokenSampling
+from amskv_jax.testing import SCHEDULE, TINY_VAR
 
-SAMPLER = Sampler(
-    TRANSFORMER, TOKENIZER, Full().plan(SCHEDULE, 3), TokenSampling(top_k=1), decode=False
-)
+SAMPLER = Sampler(TINY_VAR, Full().plan(SCHEDULE, 3), sampling=TokenSampling(top_k=1))
 
 
 def test_every_arm_has_a_process_of_its_own():
-    found = measure_in_new_process(SAMPLER, batch=2, repeats=2)
+    found = measure_in_new_process(SAMPLER, batch=2, repeats=2, decode=False)
     assert (found.device, found.attention) == ("cpu", "xla")
     assert len(found.seconds) == 2
     assert found.pictures_per_second == 2 / max(found.seconds)  # the upper one of two
@@ -60,8 +58,8 @@ def arms(monkeypatch):
     """Replace the measurements by known ones; return the samplers that were to be measured."""
     seen = []
 
-    def measured(sampler, batch, repeats):
-        seen.append((sampler, batch, repeats))
+    def measured(sampler, batch, repeats, decode):
+        seen.append((sampler, batch, repeats, decode))
         if len(seen) == 3:
             raise OutOfMemoryError("not enough memory for 8 pictures at once")
         count = len(seen)
@@ -77,9 +75,9 @@ def test_bench_compares_policies_and_plan_files(amskv, arms, tmp_path):
     options = ("--policies", f"full,{plan},sink", "--batch", 8, "--repeats", 5, "--no-decode")
     done = amskv("bench", "--model", "var-tiny", *options, "--save", path)
     assert (done.code, done.err) == (0, "")
-    assert [(batch, repeats) for _, batch, repeats in arms] == [(8, 5)] * 3
+    assert [arm[1:] for arm in arms] == [(8, 5, False)] * 3
     sampler = arms[1][0]
-    assert (sampler.dtype, sampler.decode) == ("bfloat16", False)
+    assert sampler.dtype == "bfloat16"
     assert sampler.plan.rows[0].kept_tokens == (0, 1, 3, 3)
 
     lines = [line.split() for line in done.out.splitlines()]

@@ -1,26 +1,28 @@
 """Calibration: what is measured, against the reference and NumPy, and its files and command."""
 
 import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference_weights import GOLDEN, recipe_params
-from small_models import SCHEDULE, TOKENIZER, TRANSFORMER
 
 from amskv_jax import calibrate as calibration
 from amskv_jax.calibrate import AttentionObserver, attention_shares, calibrate
 from amskv_jax.checkpoints.folder import read_info
 from amskv_jax.errors import AmskvError, UsageError
-from amskv_jax.generate import Sampler, picture_keys
+from amskv_jax.generate import picture_keys
+from amskv_jax.models.guidance import Drawing
 from amskv_jax.models.var.config import VARConfig, VQVAEConfig
-from amskv_jax.pipeline import load
+from amskv_jax.models.var.model import VARModel
+from amskv_jax.pipeline import Pipeline, load
 from amskv_jax.plan.stats import LayerStats
 from amskv_jax.policies import AMSKV, Full
-from amskv_jax.sampling import TokenSampling
 from amskv_jax.schedule import VAR_256, ScaleSchedule
 from amskv_jax.similarity import key_similarity
+from amskv_jax.testing import SCHEDULE, TINY_VAR, TOKENIZER, TRANSFORMER, sample
 
 PLAN = Full().plan(SCHEDULE, TRANSFORMER.depth)
 
@@ -38,15 +40,13 @@ def params():
 
 @pytest.fixture(scope="module")
 def stats(params):
-    return measure(params, 5, batch=5, fingerprint="abc", settings={"seed": 3})
+    return measure(params, 5, batch=5, settings={"more": "said"})
 
 
 def measure(params, count, **options):
-    sampler = Sampler(TRANSFORMER, TOKENIZER, PLAN, TokenSampling(8, 0.9))
-    labels = np.arange(count, dtype=np.int32)
-    return calibrate(
-        sampler, params, labels, picture_keys(jax.random.key(3), count), 2.0, **options
-    )
+    drawing = Drawing(cfg=2.0, top_k=8, top_p=0.9)
+    pipe = Pipeline(TINY_VAR, params, SCHEDULE, "float32", drawing, fingerprint="abc")
+    return calibrate(pipe, pipe.conditions(None), count=count, seed=3, **options)
 
 
 # --- numbers -----------------------------------------------------------------------------------
@@ -55,18 +55,16 @@ def measure(params, count, **options):
 @pytest.mark.slow
 def test_measures_what_the_reference_measured(golden):
     config, tokenizer = VARConfig(2, 128, 2, VAR_256, 10, 64), VQVAEConfig(VAR_256, 64, 32, 32)
-    sampler = Sampler(config, tokenizer, Full().plan(VAR_256, 2), TokenSampling(top_k=1))
     weights = {"transformer": recipe_params(config), "tokenizer": recipe_params(tokenizer)}
-    labels = golden["labels"]
     cfg = json.loads(str(golden["meta"]))["cfg"]
-    stats = calibrate(
-        sampler, weights, labels, picture_keys(jax.random.key(0), len(labels)), cfg, batch=2
-    )
+    drawing = Drawing(cfg=cfg, top_k=1, top_p=0.0)
+    pipe = Pipeline(VARModel(config, tokenizer), weights, VAR_256, "float32", drawing)
+    stats = calibrate(pipe, pipe.conditions(golden["labels"]), count=2, batch=2)
     np.testing.assert_allclose(stats.similarity, golden["neg_l2"], rtol=1e-5)
     np.testing.assert_allclose(stats.cosine, golden["cosine"], rtol=1e-5)
     np.testing.assert_allclose(stats.density, golden["density"], rtol=1e-5)
     assert stats.pictures == 2
-    assert stats.settings == {"guidance": 1.5}
+    assert stats.settings["cfg"] == 1.5
 
 
 def test_the_measure_alone_agrees_with_the_reference(golden):
@@ -147,11 +145,10 @@ def test_selectivity_is_own_attention_times_that_to_the_top(stats):
 
 
 def test_observing_changes_no_token(params):
-    options = {"sampling": TokenSampling(8, 0.9), "decode": False}
-    arguments = (params, jnp.array([1, 2]), picture_keys(jax.random.key(0), 2), 1.5)
-    observer = AttentionObserver(SCHEDULE, TRANSFORMER.attention_scale)
-    plain = Sampler(TRANSFORMER, TOKENIZER, PLAN, **options)(*arguments)
-    seen = Sampler(TRANSFORMER, TOKENIZER, PLAN, observe=observer, **options)(*arguments)
+    keys, drawing = picture_keys(jax.random.key(0), 2), Drawing(top_k=8, top_p=0.9)
+    arguments = (TINY_VAR, PLAN, params, jnp.array([1, 2]), keys, drawing)
+    plain = sample(*arguments)
+    seen = sample(*arguments, observe=AttentionObserver(SCHEDULE))
     np.testing.assert_array_equal(plain.tokens, seen.tokens)
 
 
@@ -243,16 +240,11 @@ def test_command_writes_what_the_library_measures(amskv, checkpoint, tmp_path):
     assert f"wrote {out}" in done.out
     pipe = load(checkpoint)
     stats = LayerStats.load(out, read_info(checkpoint).fingerprint)
-    expected = calibrate(
-        pipe.sampler(top_k=8),
-        pipe.params,
-        np.array([7, 2, 7]),
-        picture_keys(jax.random.key(5), 3),
-        1.5,
-        batch=3,
-    )
+    drawing = replace(pipe.drawing, top_k=8)
+    conditions = pipe.conditions([7, 2, 7])
+    expected = calibrate(pipe, conditions, count=3, batch=3, seed=5, drawing=drawing)
     np.testing.assert_allclose(stats.head_density, expected.head_density, rtol=1e-5)
-    assert stats.settings["labels"] == [7, 2, 7]
+    assert stats.settings["conditions"] == ["class 7", "class 2"]
     again = amskv("calibrate", *arguments)
     assert again.code == 1
     assert "stats.npz exists: choose another name, or replace it with --force" in again.err
@@ -269,7 +261,7 @@ def test_command_spreads_labels_and_follows_the_dtype(amskv, checkpoint, tmp_pat
     arguments = ("--checkpoint", checkpoint, "--out", out, "--samples", 4)
     assert amskv("calibrate", *arguments, "--dtype", "bfloat16").code == 0
     stats = LayerStats.load(out)
-    assert stats.settings["labels"] == [0, 2, 5, 7]
+    assert stats.settings["conditions"] == [f"class {n}" for n in (0, 2, 5, 7)]
     assert stats.settings["dtype"] == "bfloat16"
     assert stats.pictures == 4
 

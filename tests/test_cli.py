@@ -10,12 +10,12 @@ import pytest
 from checks import assert_same_state
 from PIL import Image
 from safetensors.numpy import load_file
-from small_models import SCHEDULE, SMALL
 
 from amskv_jax import configs
 from amskv_jax.checkpoints.folder import load_checkpoint, read_info
 from amskv_jax.plan.retention import RetentionPlan
 from amskv_jax.policies import AMSKV, Sink
+from amskv_jax.testing import SCHEDULE, SMALL
 
 
 def table_row(out, name):

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 from reference_weights import recipe_state
-from small_models import SCHEDULE, SMALL, VQVAE_FIELDS
 
 from amskv_jax.checkpoints import folder as checkpoints
 from amskv_jax.models.var.config import VQVAEConfig
 from amskv_jax.policies import Full
+from amskv_jax.testing import SCHEDULE, SMALL, VQVAE_FIELDS
 
 
 @pytest.fixture

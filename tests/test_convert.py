@@ -10,12 +10,12 @@ import pytest
 from checks import assert_same_state, message, to_torch
 from reference_weights import recipe_state
 from safetensors.numpy import load_file, save_file
-from small_models import SCHEDULE, TOKENIZER, TRANSFORMER, VAR_FIELDS, VQVAE_FIELDS
 
 from amskv_jax.checkpoints.folder import load_checkpoint
 from amskv_jax.convert import convert_var, export_var, to_params, var, vqvae
 from amskv_jax.convert.read import read_state_dict
 from amskv_jax.models.var.config import VARConfig, VQVAEConfig
+from amskv_jax.testing import SCHEDULE, TOKENIZER, TRANSFORMER, VAR_FIELDS, VQVAE_FIELDS
 
 
 def test_safetensors_to_checkpoint_and_back(files, transformer, tokenizer, tmp_path):

@@ -7,11 +7,11 @@ import pytest
 from checks import message, to_torch
 from flax.traverse_util import flatten_dict
 from reference_weights import recipe_state
-from small_models import SCHEDULE, TOKENIZER, TRANSFORMER, VQVAE_FIELDS
 
 from amskv_jax.checkpoints import folder as checkpoint
 from amskv_jax.convert import convert_var, export_var, to_params, to_state_dict, var, vqvae
 from amskv_jax.models.var.config import VQVAEConfig
+from amskv_jax.testing import SCHEDULE, TOKENIZER, TRANSFORMER, VQVAE_FIELDS
 
 
 def assert_refused(paths, tmp_path, *expected, **options):

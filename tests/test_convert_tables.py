@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from checks import assert_same_state, message
 from reference_weights import GOLDEN, recipe_state
-from small_models import SCHEDULE, TOKENIZER, TRANSFORMER, VAR_FIELDS, VQVAE_FIELDS
 
 from amskv_jax.checkpoints import folder as checkpoint
 from amskv_jax.convert import to_params, to_state_dict, var, vqvae
 from amskv_jax.convert.api import ARCHITECTURES
 from amskv_jax.models.var.config import VARConfig, VQVAEConfig
 from amskv_jax.schedule import VAR_256, VAR_512, ScaleSchedule
+from amskv_jax.testing import SCHEDULE, TOKENIZER, TRANSFORMER, VAR_FIELDS, VQVAE_FIELDS
 
 TRANSFORMERS = [
     TRANSFORMER,

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from PIL import Image
-from small_models import SMALL
 
 import amskv_jax
 from amskv_jax import configs
@@ -25,6 +24,7 @@ from amskv_jax.checkpoints.packed import pack_checkpoint, pack_model
 from amskv_jax.errors import AmskvError
 from amskv_jax.evaluation.classifier import load_classifier
 from amskv_jax.plan.stats import LayerStats
+from amskv_jax.testing import SMALL
 
 CONFIGS = {"transformer": SMALL.transformer, "tokenizer": SMALL.tokenizer}
 CLASSES = tuple(["plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"])
@@ -124,7 +124,7 @@ def test_finding_checkpoints(embedding, tmp_path, monkeypatch):
 
 def test_loading_without_a_checkpoint(embedding):
     pipeline = amskv_jax.load()
-    assert pipeline.transformer == SMALL.transformer
+    assert pipeline.model == SMALL.model
     assert pipeline.classes == CLASSES
     named = amskv_jax.load("var-cifar10")
     chex.assert_trees_all_equal(named.params, pipeline.params)
@@ -154,13 +154,13 @@ def test_sample_without_a_checkpoint_compares_with_the_full_cache(embedding, ams
 
 
 def test_first_panel_is_on_the_sheet_while_the_second_is_drawn(embedding, amskv, monkeypatch):
-    def generate(sampler, params, labels, *settings):
+    def generate(pipe, sampler, conditions, *settings):
         if Path("amskv-sample.png").exists():
             raise AmskvError("stopped while drawing the second panel")
-        count = len(labels)
-        return np.zeros((count, 5)), np.zeros((count, 12, 12, 3)), 1.0
+        count = len(conditions)
+        return np.zeros((count, 5)), np.zeros((count, 12, 12, 3), np.uint8), 1.0
 
-    monkeypatch.setattr("amskv_jax.cli.sample._generate", generate)
+    monkeypatch.setattr("amskv_jax.cli.sample._draw", generate)
     done = amskv("sample")
     assert (done.code, "stopped while drawing the second panel" in done.err) == (1, True)
     with Image.open("amskv-sample.png") as sheet:

@@ -8,20 +8,19 @@ import pytest
 from reference_weights import recipe_params
 from test_metrics import MeanColour
 
-from amskv_jax.drawing import Drawer, balanced_labels
+from amskv_jax.drawing import Drawer
 from amskv_jax.errors import AmskvError, UsageError
 from amskv_jax.evaluation import evaluate as module
 from amskv_jax.evaluation.evaluate import Evaluation, evaluate
 from amskv_jax.evaluation.measures import Judge
 from amskv_jax.evaluation.results import Results, read_arrays
 from amskv_jax.files import read_json_lines
-from amskv_jax.generate import picture_keys
 from amskv_jax.models.var.config import VARConfig, VQVAEConfig
+from amskv_jax.models.var.model import VARModel
 from amskv_jax.pipeline import Pipeline
 from amskv_jax.plan.stats import LayerStats
 from amskv_jax.policies import Window
 from amskv_jax.policies.budgets import BUDGETED, PolicyRequest, memory_report, policy_for_saving
-from amskv_jax.reports.sheet import to_uint8
 from amskv_jax.schedule import VAR_256, ScaleSchedule
 
 SCHEDULE = ScaleSchedule.square((1, 2, 3))
@@ -29,6 +28,7 @@ TRANSFORMER = VARConfig(2, 32, 2, SCHEDULE, num_classes=3, vocab_size=16, latent
 TOKENIZER = VQVAEConfig(SCHEDULE, 16, 8, 32, (1, 1, 1), 1)
 EVALUATION = Evaluation(num=10, shard=4, top_k=8)
 LARGE = VARConfig(6, 128, 2, VAR_256, num_classes=10)
+MODEL = VARModel(TRANSFORMER, TOKENIZER)
 
 
 def make_stats(config, seed=0):
@@ -51,7 +51,7 @@ def make_stats(config, seed=0):
 @pytest.fixture(scope="module")
 def model():
     params = {"transformer": recipe_params(TRANSFORMER), "tokenizer": recipe_params(TOKENIZER)}
-    return Pipeline(TRANSFORMER, TOKENIZER, params, "float32", "weights")
+    return Pipeline(MODEL, params, MODEL.schedule, "float32", MODEL.drawing, "weights")
 
 
 @pytest.fixture(scope="module")
@@ -80,20 +80,18 @@ def assert_same(pixels, expected):
 
 def test_pictures_are_those_of_the_pipeline(model, whole):
     directory, _ = whole
-    expected = model.sample(
-        balanced_labels(0, 10, 3), key=jax.random.key(0), cfg=1.5, top_k=8, top_p=0.96
-    )
-    assert_same(pictures(directory, "full"), to_uint8(expected.pictures))
+    labels = np.arange(10) % 3
+    expected = model.sample(labels, key=jax.random.key(0), cfg=1.5, top_k=8, top_p=0.96)
+    assert_same(pictures(directory, "full"), np.rint(255 * np.asarray(expected.pictures)))
 
 
 def test_a_picture_has_the_same_number_in_every_batch(model):
-    drawer = Drawer(model.sampler(), model.params, batch=4)
-    together = drawer.draw(model.params, 5, 0, 7, 1.5)
+    drawer, controls = model.drawer(model.sampler(), model.conditions(None), 4), model.controls()
+    together = drawer.draw(model.params, 5, 0, 7, controls)
     assert together.shape == (7, 12, 12, 3)
-    assert_same(drawer.draw(model.params, 5, 2, 3, 1.5), together[2:5])
-    keys = picture_keys(jax.random.key(5), 1, first=6)
-    alone = model.sampler()(model.params, balanced_labels(6, 1, 3), keys, 1.5).pictures
-    assert_same(to_uint8(alone), together[6:])
+    assert_same(drawer.draw(model.params, 5, 2, 3, controls), together[2:5])
+    alone = model.drawer(model.sampler(), model.conditions(None), 1)
+    assert_same(alone.draw(model.params, 5, 6, 1, controls), together[6:])
 
 
 def test_files_are_in_the_layout_of_the_adm_evaluator(whole):
@@ -113,7 +111,7 @@ def test_records_hold_bytes_and_figures(whole, judge):
     assert "psnr" not in full
     assert full["cache_bytes"] == 2 * 2 * 5 * 2 * 32 * 4  # rows, layers, tokens, K and V, width
     assert window["saving"] >= 0.75
-    labels = balanced_labels(0, 10, 3)
+    labels = np.arange(10) % 3
     originals = pictures(directory, "full")
     figures = judge.figures(pictures(directory, "window-75%"), labels, originals)
     assert {name: window[name] for name in figures} == figures
@@ -125,11 +123,11 @@ def test_stopped_evaluation_goes_on_with_the_shard_it_was_at(
 ):
     draw, drawn = Drawer.draw, []
 
-    def interrupted(self, params, seed, first, count, cfg):
+    def interrupted(self, params, seed, first, count, controls):
         if len(drawn) == 4:  # the second shard of the second policy
             raise KeyboardInterrupt
         drawn.append(first)
-        return draw(self, params, seed, first, count, cfg)
+        return draw(self, params, seed, first, count, controls)
 
     monkeypatch.setattr(Drawer, "draw", interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recording import check_obeyed, draw_records, drive, read_mask
 from selecting_oracle import assert_reads, h2o_positions
 
 from amskv_jax.errors import AmskvError, UsageError
@@ -15,6 +14,7 @@ from amskv_jax.plan.selectors import HeavyHitters, attention_mass
 from amskv_jax.policies import H2O
 from amskv_jax.policies.base import default_budget
 from amskv_jax.schedule import VAR_256, ScaleSchedule
+from amskv_jax.testing import check_obeyed, draw_records, drive, read_mask
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 

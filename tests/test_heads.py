@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recording import check_obeyed, draw_records, drive
 
 from amskv_jax.cache.layout import CacheLayout
 from amskv_jax.errors import AmskvError, UsageError
@@ -15,6 +14,7 @@ from amskv_jax.plan.stats import TOP_COUNTS, LayerStats
 from amskv_jax.policies import Full, Heads
 from amskv_jax.policies.heads import choose_blocks, head_mass, head_row
 from amskv_jax.schedule import VAR_256, ScaleSchedule
+from amskv_jax.testing import check_obeyed, draw_records, drive
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 

@@ -5,16 +5,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_models import SCHEDULE, SMALL, TOKENIZER, TRANSFORMER
 
 import amskv_jax
 from amskv_jax.checkpoints.folder import read_info
 from amskv_jax.checkpoints.initialize import random_params
+from amskv_jax.decode import decode
 from amskv_jax.errors import AmskvError, UsageError
 from amskv_jax.generate import Sampler, picture_keys
-from amskv_jax.pipeline import check_labels, model_configs
+from amskv_jax.models.guidance import Drawing
 from amskv_jax.policies import AMSKV, Full, Sink, Window
 from amskv_jax.sampling import TokenSampling
+from amskv_jax.testing import SCHEDULE, SMALL, TINY_VAR, TRANSFORMER
 
 KEY = jax.random.key(1)
 
@@ -25,7 +26,7 @@ def pipe(checkpoint):
 
 
 def test_load_gives_what_was_saved(pipe, checkpoint):
-    assert (pipe.transformer, pipe.tokenizer) == (TRANSFORMER, TOKENIZER)
+    assert pipe.model == TINY_VAR
     assert (pipe.dtype, pipe.fingerprint) == ("float32", read_info(checkpoint).fingerprint)
     chex.assert_trees_all_equal(pipe.params, random_params(SMALL))
     half = amskv_jax.load(checkpoint, "bfloat16")
@@ -57,16 +58,19 @@ def test_labels_may_be_any_sequence_and_do_not_compile_again(pipe):
 def test_the_functional_layer_alone_gives_the_same(pipe):
     """What the README shows: a plan, a sampler, weights, and no pipeline."""
     plan = AMSKV().plan(TRANSFORMER.schedule, TRANSFORMER.depth)
-    sampler = Sampler(TRANSFORMER, TOKENIZER, plan, TokenSampling(top_k=20, top_p=0.9))
+    sampler = Sampler(TINY_VAR, plan, sampling=TokenSampling(top_k=20, top_p=0.9))
     expected = pipe.sample([2, 9], key=KEY, policy=AMSKV(), top_k=20, top_p=0.9)
-    out = sampler(pipe.params, jnp.array([2, 9]), picture_keys(KEY, 2), 1.5)
+    controls = TINY_VAR.controls(SCHEDULE, Drawing(cfg=1.5))
+    out = sampler(pipe.params, jnp.array([2, 9]), picture_keys(KEY, 2), controls)
     chex.assert_trees_all_equal(out.tokens, expected.tokens)
-    chex.assert_trees_all_equal(out.pictures, expected.pictures)
+    pictures = decode(TINY_VAR, SCHEDULE, "float32", pipe.params, out.latent)
+    chex.assert_trees_all_equal(pictures, expected.pictures)
 
 
 @pytest.mark.parametrize("policy", [Full(), AMSKV(condensed=1), Window(4), Sink(1, 2)])
 def test_policies_decide_what_the_sampler_keeps(pipe, policy):
-    sampler = pipe.sampler(policy, top_k=5, top_p=0.5, more_smooth=True, attention="xla")
+    drawing = Drawing(top_k=5, top_p=0.5, more_smooth=True)
+    sampler = pipe.sampler(policy, drawing, attention="xla")
     assert sampler.plan == policy.plan(SCHEDULE, TRANSFORMER.depth)
     assert sampler.sampling == TokenSampling(5, 0.5, more_smooth=True)
     assert sampler.attention == "xla"
@@ -84,6 +88,7 @@ def test_policies_decide_what_the_sampler_keeps(pipe, policy):
         (3, r"shape \(\)"),
         (["cat"], "expected a list of integers"),
         ([True], "type bool"),
+        ([10**20], "unknown label 100000000000000000000: the model has"),
     ],
 )
 def test_labels_are_checked(pipe, labels, expected):
@@ -92,9 +97,9 @@ def test_labels_are_checked(pipe, labels, expected):
 
 
 def test_checked_labels_are_int32():
-    labels = check_labels(np.array([0, 9], np.uint8), 10)
+    labels = TINY_VAR.conditions(np.array([0, 9], np.uint8)).batch(np.arange(3))
     assert labels.dtype == np.int32
-    assert labels.tolist() == [0, 9]
+    assert labels.tolist() == [0, 9, 0]
 
 
 def test_options_and_policies_are_checked(pipe):
@@ -111,13 +116,6 @@ def test_options_and_policies_are_checked(pipe):
 def test_loading_what_is_no_checkpoint(tmp_path):
     with pytest.raises(AmskvError, match="is not a checkpoint"):
         amskv_jax.load(tmp_path)
-
-
-def test_checkpoints_of_another_kind(checkpoint):
-    info = read_info(checkpoint)
-    other = type(info)("infinity", {"transformer": TRANSFORMER}, "float32", "")
-    with pytest.raises(AmskvError, match="of the kind infinity, expected var"):
-        model_configs(other)
 
 
 def test_names_of_the_package():

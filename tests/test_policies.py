@@ -6,18 +6,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from recording import Recorder, check_obeyed, layer_records
 
 from amskv_jax.cache.layout import CacheLayout
 from amskv_jax.checkpoints.initialize import random_params
 from amskv_jax.configs import ModelConfig
 from amskv_jax.generate import Sampler, picture_keys
+from amskv_jax.models.guidance import Drawing
 from amskv_jax.models.var.config import VARConfig, VQVAEConfig
+from amskv_jax.models.var.model import VARModel
 from amskv_jax.plan.memory import CacheGeometry, MemoryReport
 from amskv_jax.plan.stats import LayerStats
 from amskv_jax.policies import AMSKV, H2O, REGISTRY, Explicit, Full, Heads, ScaleKV, Sink, Window
 from amskv_jax.sampling import TokenSampling
 from amskv_jax.schedule import ScaleSchedule
+from amskv_jax.testing import Recorder, check_obeyed, layer_records
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -88,25 +90,21 @@ def policies(tmp_path_factory):
 
 
 def make_sampler(plan, model, dtype, **options):
-    return Sampler(
-        MODELS[model],
-        TOKENIZER,
-        plan,
-        TokenSampling(top_k=1),
-        dtype,
-        decode=False,
-        trace=True,
-        **options,
-    )
+    kind, sampling = VARModel(MODELS[model], TOKENIZER), TokenSampling(top_k=1)
+    return Sampler(kind, plan, sampling=sampling, dtype=dtype, trace=True, **options)
+
+
+def controls(model, cfg=1.5):
+    kind = VARModel(MODELS[model], TOKENIZER)
+    return kind.controls(SCHEDULE, Drawing(cfg=cfg))
 
 
 @cache
 def draw(plan, model, dtype):
     """Draw two pictures step by step, which shares all compiled steps; equal plans only once."""
-    observe = Recorder(MODELS[model].attention_scale)
-    sampler = make_sampler(plan, model, dtype, observe=observe)
+    sampler = make_sampler(plan, model, dtype, observe=Recorder())
     with jax.disable_jit():
-        return sampler(params(model, dtype), LABELS, KEYS, 1.5)
+        return sampler(params(model, dtype), LABELS, KEYS, controls(model))
 
 
 def test_all_policies_are_in_the_matrix():
@@ -151,11 +149,11 @@ def test_every_policy_compiles_once_and_gives_the_same(number, policies):
         return make_sampler(plan, model, "float32")
 
     compiled = Sampler.__call__._cache_size()
-    samples = sampler()(weights, LABELS, KEYS, 1.5)
+    samples = sampler()(weights, LABELS, KEYS, controls(model))
     expected = draw(sampler().plan, model, "float32")
     np.testing.assert_allclose(samples.logits, expected.logits, atol=1e-4)
     np.testing.assert_array_equal(samples.tokens, expected.tokens)
-    other = sampler()(weights, LABELS[::-1], KEYS[::-1], 3.0)
+    other = sampler()(weights, LABELS[::-1], KEYS[::-1], controls(model, 3.0))
     assert (np.asarray(other.tokens) != np.asarray(samples.tokens)).any()
     assert Sampler.__call__._cache_size() == compiled + 1
 
@@ -171,10 +169,11 @@ def many_layers():
 
     def measure(policy):
         plan = policy.plan(schedule, config.depth)
-        sampler = Sampler(config, tokenizer, plan, TokenSampling(top_k=1), decode=False)
+        model = VARModel(config, tokenizer)
+        sampler = Sampler(model, plan, sampling=TokenSampling(top_k=1))
         keys = jax.eval_shape(lambda: picture_keys(jax.random.key(0), 8))
-        lowered = Sampler.__call__.lower(sampler, shapes, jnp.zeros(8, int), keys, 1.5)
-        memory = lowered.compile().memory_analysis()
+        own = model.controls(schedule, model.drawing)
+        memory = sampler.compile(shapes, jnp.zeros(8, int), keys, own).memory_analysis()
         return MemoryReport.of(plan, geometry).plan, memory.temp_size_in_bytes
 
     announced, needed = measure(Full())

@@ -10,7 +10,8 @@ from hypothesis.extra import numpy as npst
 from reference_weights import GOLDEN
 
 from amskv_jax.errors import UsageError
-from amskv_jax.sampling import TokenSampling, draw, filter_logits, guide, smooth_mixture
+from amskv_jax.models.guidance import UNGUIDED, Guidance
+from amskv_jax.sampling import TokenSampling, draw, filter_logits, smooth_mixture
 
 
 def cases():
@@ -51,10 +52,19 @@ def test_filters_keep_the_largest_and_only_remove(logits, top_k, top_p):
         np.testing.assert_array_equal(kept, logits >= np.sort(logits)[:, [-top_k]])
 
 
-def test_guidance_grows_with_progress():
-    logits = jnp.array([[[1.0, 2.0]], [[3.0, 5.0]]])
-    np.testing.assert_array_equal(guide(logits, 2.0, 0.0), logits[:1])
-    np.testing.assert_array_equal(guide(logits, 2.0, 0.5), 2 * logits[:1] - logits[1:])
+def test_guidance_mixes_the_rows_of_a_picture():
+    logits = jax.random.normal(jax.random.key(0), (4, 3, 5))  # c0, u0, c1, u1
+    guided = Guidance().mix_logits(logits, jnp.float32(3.0))
+    np.testing.assert_allclose(guided, 3 * logits[::2] - 2 * logits[1::2], atol=1e-6)
+    np.testing.assert_array_equal(Guidance().mix_logits(logits, jnp.float32(1.0)), logits[::2])
+    np.testing.assert_array_equal(UNGUIDED.mix_logits(logits, jnp.float32(3.0)), logits)
+    layers = Guidance(False, (1,))
+    np.testing.assert_array_equal(layers.mix_logits(logits, jnp.float32(3.0)), logits[::2])
+    mixed = layers.mix_rows(logits, jnp.float32(3.0), jnp.array(True))
+    np.testing.assert_allclose(mixed, np.repeat(guided, 2, axis=0), atol=1e-6)
+    for strength, mixes in ((1.0, True), (3.0, False)):
+        same = layers.mix_rows(logits, jnp.float32(strength), jnp.array(mixes))
+        np.testing.assert_array_equal(same, logits)
 
 
 def test_greedy_takes_the_first_of_equal_logits():

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from recording import check_obeyed, draw_records, drive, read_mask
 from reference_weights import GOLDEN
 from selecting_oracle import assert_reads, observing_tokens, scalekv_positions
 
@@ -19,6 +18,7 @@ from amskv_jax.plan.stats import TOP_COUNTS, LayerStats
 from amskv_jax.policies import ScaleKV
 from amskv_jax.policies.scalekv import allocate, fitting_window, published_counts
 from amskv_jax.schedule import VAR_256, ScaleSchedule
+from amskv_jax.testing import check_obeyed, draw_records, drive, read_mask
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 

@@ -13,16 +13,17 @@ import jax
 import numpy as np
 import pytest
 from reference_weights import recipe_params
-from test_evaluation import TOKENIZER, TRANSFORMER, make_stats
+from test_evaluation import MODEL, TOKENIZER, TRANSFORMER, make_stats
 from test_metrics import MeanColour
 
+from amskv_jax import pipeline
 from amskv_jax.drawing import Drawer
 from amskv_jax.errors import AmskvError, UsageError
-from amskv_jax.study import devices as module
 from amskv_jax.evaluation.measures import Judge
 from amskv_jax.evaluation.results import add_cells, read_arrays
 from amskv_jax.files import read_json_lines
 from amskv_jax.pipeline import Pipeline
+from amskv_jax.study import devices as module
 from amskv_jax.study.render import render_study
 from amskv_jax.study.study import Conditions, Extent, run_study
 
@@ -41,11 +42,11 @@ class FakeDrawer:
     lock = threading.Lock()
     drawing: ClassVar = []
 
-    def __init__(self, sampler, params, batch):
+    def __init__(self, sampler, params, conditions, controls, batch, *, decode=True):
         self.slots = sum(row.capacity for row in sampler.plan.rows)
         assert not self.drawing
 
-    def draw(self, params, seed, first, count, cfg):
+    def draw(self, params, seed, first, count, controls):
         device = jax.config.jax_default_device
         assert device not in self.drawing
         self.drawing.append(device)
@@ -60,12 +61,12 @@ class FakeDrawer:
 
 
 def load(dtype):
-    return Pipeline(TRANSFORMER, TOKENIZER, {}, dtype, "weights")
+    return Pipeline(MODEL, {}, MODEL.schedule, dtype, MODEL.drawing, "weights")
 
 
 def run(directory, **options):
     """Run a study with the fake drawer on statistics that are there already."""
-    module.Drawer = FakeDrawer
+    pipeline.Drawer = FakeDrawer
     directory = Path(directory)
     directory.mkdir(exist_ok=True)
     if not (directory / "stats.npz").exists():
@@ -87,16 +88,16 @@ def comparable(directory):
 
 @pytest.fixture(autouse=True)
 def restore_drawer(monkeypatch):
-    monkeypatch.setattr(module, "Drawer", FakeDrawer)  # undone after the test
+    monkeypatch.setattr(pipeline, "Drawer", FakeDrawer)  # undone after the test
     monkeypatch.setattr(FakeDrawer, "kill_at", -1)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    before, directory = module.Drawer, tmp_path_factory.mktemp("study")
+    before, directory = pipeline.Drawer, tmp_path_factory.mktemp("study")
     lines = []
     assert run(directory, report=lines.append) == []
-    module.Drawer = before
+    pipeline.Drawer = before
     return directory, lines, FakeDrawer.drawn
 
 
@@ -199,7 +200,7 @@ def draw_window(directory):
     directory.mkdir(exist_ok=True)
     make_stats(TRANSFORMER).save(directory / "stats.npz")
     params = {"transformer": recipe_params(TRANSFORMER), "tokenizer": recipe_params(TOKENIZER)}
-    model = Pipeline(TRANSFORMER, TOKENIZER, params, "float32", "weights")
+    model = Pipeline(MODEL, params, MODEL.schedule, "float32", MODEL.drawing, "weights")
     real = np.random.default_rng(0).integers(0, 256, (40, 12, 12, 3)).astype(np.uint8)
     extent = Extent(sections="d", only="d/window-75%", seeds=(0,), batch=5)
     judge = Judge.of(MeanColour(), real)
@@ -212,7 +213,7 @@ def draw_window(directory):
 def test_pictures_do_not_depend_on_the_device(tmp_path, monkeypatch):
     code = "import sys; from test_study import *; assert draw_window(Path(sys.argv[1])) == [0, 1]"
     assert run_python(code, tmp_path, tmp_path / "two", **TWO_DEVICES) == 0
-    monkeypatch.setattr(module, "Drawer", Drawer)
+    monkeypatch.setattr(pipeline, "Drawer", Drawer)
     assert draw_window(tmp_path / "one") == [0, 0]
     assert comparable(tmp_path / "one") == comparable(tmp_path / "two")
     assert comparable(tmp_path / "one")["d/window-75%/seed0"]["ssim"] < 1
@@ -241,10 +242,10 @@ def test_only_chosen_cells_run(tmp_path):
 
 def test_cells_that_fail_do_not_stop_the_others(whole, tmp_path, monkeypatch):
     class Failing(FakeDrawer):
-        def __init__(self, sampler, params, batch):
+        def __init__(self, sampler, params, conditions, controls, batch, *, decode=True):
             if "sliding" in sampler.plan.note:
                 raise RuntimeError("RESOURCE_EXHAUSTED: too large\nand more")
-            super().__init__(sampler, params, batch)
+            super().__init__(sampler, params, conditions, controls, batch)
 
     monkeypatch.setattr(sys.modules[__name__], "FakeDrawer", Failing)
     with pytest.raises(AmskvError, match=r"cells failed:\n  d/window-.*: RESOURCE_EXHAUSTED"):
@@ -257,11 +258,11 @@ def test_cells_that_fail_do_not_stop_the_others(whole, tmp_path, monkeypatch):
 
 def test_all_fail_whose_originals_cannot_be_drawn(whole, tmp_path, monkeypatch):
     class Failing(FakeDrawer):
-        def draw(self, params, seed, first, count, cfg):
+        def draw(self, params, seed, first, count, controls):
             if FakeDrawer.drawn == 0:
                 FakeDrawer.drawn += 1
                 raise RuntimeError("RESOURCE_EXHAUSTED")
-            return super().draw(params, seed, first, count, cfg)
+            return super().draw(params, seed, first, count, controls)
 
     monkeypatch.setattr(sys.modules[__name__], "FakeDrawer", Failing)
     lines = []

@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 from reference_weights import GOLDEN, recipe_params
 
-from amskv_jax.generate import Sampler, picture_keys
+from amskv_jax.generate import picture_keys
 from amskv_jax.models.var.config import VARConfig, VQVAEConfig
+from amskv_jax.models.var.model import VARModel
 from amskv_jax.models.var.transformer import VAR
 from amskv_jax.models.var.vqvae import VQVAE
 from amskv_jax.plan.retention import RetentionPlan
 from amskv_jax.policies import Full
-from amskv_jax.sampling import TokenSampling
 from amskv_jax.schedule import VAR_256, VAR_512, ScaleSchedule
+from amskv_jax.testing import sample, with_pictures
 
 CONFIGS = {
     "var_tiny": VARConfig(2, 128, 2, VAR_256, 10, 64),
@@ -49,9 +50,11 @@ def tiny():
 
 
 def greedy(config, tokenizer, params, plan, labels, **options):
-    sampler = Sampler(config, tokenizer, plan, TokenSampling(top_k=1), trace=True, **options)
     labels = jnp.asarray(labels, jnp.int32)
-    return sampler(params, labels, picture_keys(jax.random.key(0), len(labels)), 1.5)
+    keys = picture_keys(jax.random.key(0), len(labels))
+    model = VARModel(config, tokenizer)
+    samples = sample(model, plan, params, labels, keys, trace=True, **options)
+    return with_pictures(model, plan, params, samples)
 
 
 def test_parameter_tree_is_that_of_the_converter(model):

@@ -173,6 +173,7 @@ class DecisionObserver:
         layer: jax.Array,
         step: int,
         qkv: tuple[jax.Array, jax.Array, jax.Array],
+        scale: float,
     ) -> Decision:
         """Return what the layer decides after ``step``, the last one included."""
         assert isinstance(slots, OnlineSlots), "the plan is decided while drawing"

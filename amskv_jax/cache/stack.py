@@ -26,8 +26,13 @@ class Observer(Protocol):
     What it returns must have the same shapes for all layers that are scanned together.
     """
 
-    def __call__(self, slots: Slots, cache: Any, layer: jax.Array, step: int, qkv: QKV) -> Any:
-        """Return arrays to be stacked over layers, from the cache before it is updated."""
+    def __call__(
+        self, slots: Slots, cache: Any, layer: jax.Array, step: int, qkv: QKV, scale: float
+    ) -> Any:
+        """Return arrays to be stacked over layers, from the cache before it is updated.
+
+        Arguments are those of ``Slots.attend``.
+        """
         ...
 
 
@@ -78,7 +83,9 @@ def apply_blocks(
                     slots = layout.groups[members[member]]
 
                     def run(local: Any, index: jax.Array, qkv: Any) -> Any:
-                        seen = observe(slots, local[member], index, step, qkv) if observe else None
+                        seen = None
+                        if observe is not None:
+                            seen = observe(slots, local[member], index, step, qkv, scale)
                         output, cache = slots.attend(
                             local[member], index, step, qkv, scale, implementation
                         )

@@ -6,7 +6,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from amskv_jax.errors import AmskvError
+from amskv_jax.models.guidance import Drawing
 from amskv_jax.models.var.config import VARConfig, VQVAEConfig
+from amskv_jax.models.var.model import VARModel
 from amskv_jax.schedule import ScaleSchedule
 
 FORMAT = "amskv-jax checkpoint"
@@ -41,6 +43,16 @@ class CheckpointInfo:
     fingerprint: str
     classes: tuple[str, ...] = ()
     guidance: float = GUIDANCE
+
+    @property
+    def model(self) -> VARModel:
+        """The model's shape."""
+        return VARModel(**self.configs)  # type: ignore[arg-type]
+
+    @property
+    def drawing(self) -> Drawing:
+        """How pictures are drawn unless a user says otherwise."""
+        return Drawing(cfg=self.guidance)
 
 
 def check_configs(configs: Mapping[str, PartConfig]) -> None:

@@ -51,24 +51,14 @@ def bench(
 
     from amskv_jax import __version__, configs  # noqa: PLC0415
     from amskv_jax.benchmark import OutOfMemoryError, measure_in_new_process  # noqa: PLC0415
-    from amskv_jax.generate import Sampler  # noqa: PLC0415
-    from amskv_jax.pipeline import TOP_K, TOP_P  # noqa: PLC0415
+    from amskv_jax.pipeline import Pipeline  # noqa: PLC0415
     from amskv_jax.plan.stats import LayerStats  # noqa: PLC0415
-    from amskv_jax.sampling import TokenSampling  # noqa: PLC0415
 
-    config = configs.get(model)
-    shape = config.transformer.schedule, config.transformer.depth
+    found = configs.get(model).model
+    pipe = Pipeline(found, None, found.schedule, dtype.value, found.drawing)
     statistics = LayerStats.load(stats) if stats else None
     samplers = {
-        name: Sampler(
-            config.transformer,
-            config.tokenizer,
-            policy.plan(*shape, statistics),
-            TokenSampling(TOP_K, TOP_P),
-            dtype.value,
-            attention.value,
-            decode=decode,
-        )
+        name: pipe.sampler(policy, stats=statistics, attention=attention.value)
         for name, policy in arms.items()
     }
     results: dict[str, dict[str, Any]] = {}
@@ -76,7 +66,7 @@ def bench(
         for index, (name, sampler) in enumerate(samplers.items()):
             update(f"measuring {name}", index / len(samplers))
             try:
-                results[name] = asdict(measure_in_new_process(sampler, batch, repeats))
+                results[name] = asdict(measure_in_new_process(sampler, batch, repeats, decode))
             except OutOfMemoryError as error:
                 results[name] = {"error": str(error)}
             results[name]["plan"] = sampler.plan.note

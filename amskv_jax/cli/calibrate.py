@@ -1,6 +1,7 @@
 """``amskv calibrate``: where a model's attention goes, measured while it draws."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -58,22 +59,22 @@ def calibrate(
     numbers = parse_numbers(labels, "--labels") if labels is not None else None
 
     import jax  # noqa: PLC0415
-    import numpy as np  # noqa: PLC0415
 
     from amskv_jax import calibrate as calibration  # noqa: PLC0415
-    from amskv_jax.checkpoints.folder import read_info  # noqa: PLC0415
-    from amskv_jax.generate import picture_keys  # noqa: PLC0415
-    from amskv_jax.pipeline import check_labels, load, model_configs  # noqa: PLC0415
+    from amskv_jax.drawing import Chosen  # noqa: PLC0415
+    from amskv_jax.pipeline import load  # noqa: PLC0415
 
     if compilation_cache:
         use_compilation_cache()
-    num_classes = model_configs(read_info(checkpoint))[0].num_classes
-    if numbers is None:
-        classes = (np.arange(samples) * num_classes // samples).astype(np.int32)
-    else:
-        classes = np.resize(check_labels(numbers, num_classes), samples)
     with progress("loading weights"):
         pipe = load(checkpoint, dtype.value if dtype else None)
+    conditions = pipe.conditions(numbers)
+    if numbers is None:
+        spread = range(0, samples * len(conditions), len(conditions))
+        conditions = Chosen(conditions, tuple(number // samples for number in spread))
+    drawing = replace(pipe.drawing, top_k=top_k, top_p=top_p)
+    if cfg is not None:
+        drawing = replace(drawing, cfg=cfg)
     device = jax.devices()[0]
     print_line(f"{pipe.dtype} on {device.device_kind} ({device.platform})")
 
@@ -81,20 +82,13 @@ def calibrate(
     start = time.perf_counter()
     with explaining_memory(batch), progress("compiling") as update:
         stats = calibration.calibrate(
-            pipe.sampler(top_k=top_k, top_p=top_p),
-            pipe.params,
-            classes,
-            picture_keys(jax.random.key(seed), samples),
-            pipe.guidance if cfg is None else cfg,
+            pipe,
+            conditions,
+            count=samples,
             batch=batch,
-            fingerprint=pipe.fingerprint,
-            settings={
-                "labels": classes.tolist(),
-                "seed": seed,
-                "top_k": top_k,
-                "top_p": top_p,
-                "dtype": pipe.dtype,
-            },
+            seed=seed,
+            drawing=drawing,
+            settings={"conditions": list(conditions.captions(pipe.classes))},
             progress=lambda done: update(f"{done} of {samples} pictures", done / samples),
         )
     print_line(f"{samples} pictures measured in {time.perf_counter() - start:.1f} s")

@@ -98,13 +98,13 @@ def evaluate(
         if real is None:
             raise UsageError("the metrics compare with real pictures: give --real")
     model = load(checkpoint, dtype.value if dtype else None)
-    strength = model.guidance if cfg is None else cfg
+    strength = model.drawing.cfg if cfg is None else cfg
     with progress("reading") as update:
         judge = None
         if network is not None and real is not None:
-            pictures = load_pictures(real, model.tokenizer.picture_size)
+            pictures = load_pictures(real, model.model.picture_size(model.schedule))
             if isinstance(network, TrainedClassifier):
-                network.check_classes(model.transformer.num_classes)
+                network.check_classes(len(model.conditions(None)))
             update("measuring the real pictures", None)
             judge = Judge.of(network, pictures.pixels)
         records = run(

@@ -14,23 +14,17 @@ def info(checkpoint: CheckpointOption) -> None:
 
     from amskv_jax import configs  # noqa: PLC0415
     from amskv_jax.checkpoints.folder import param_shapes, read_info  # noqa: PLC0415
-    from amskv_jax.pipeline import model_configs  # noqa: PLC0415
 
     found = read_info(checkpoint)
-    parts = model_configs(found)
-    schedule = parts[0].schedule
-    known = [
-        model.name
-        for model in map(configs.get, configs.names())
-        if (model.transformer, model.tokenizer) == parts
-    ]
-    height, width = parts[1].picture_size
+    model, schedule = found.model, found.model.schedule
+    known = [other.name for other in map(configs.get, configs.names()) if other.model == model]
+    height, width = model.picture_size(schedule)
     rows = {
         "kind": found.kind,
         "shape of": ", ".join(known) or "no known model",
         "weights": f"{found.dtype}, fingerprint {found.fingerprint}",
         "scales": f"{schedule} ({schedule.total} tokens)",
-        "pictures": f"{height} x {width} pixels, {parts[0].num_classes} classes",
+        "pictures": f"{height} x {width} pixels, {len(model.conditions(None))} classes",
         "guidance": f"{found.guidance:g} suits the model",
     }
     for name, config in found.configs.items():

@@ -81,8 +81,7 @@ def _model(model: str | None, checkpoint: Path | None) -> "tuple[VARConfig, str 
         return configs.get(model).transformer, None
     if checkpoint is not None and model is None:
         from amskv_jax.checkpoints.folder import read_info  # noqa: PLC0415
-        from amskv_jax.pipeline import model_configs  # noqa: PLC0415
 
         info = read_info(checkpoint)
-        return model_configs(info)[0], info.fingerprint
+        return info.model.transformer, info.fingerprint
     raise UsageError("give either --model or --checkpoint")

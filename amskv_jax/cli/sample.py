@@ -1,8 +1,9 @@
 """``amskv sample``: pictures from a checkpoint, or from the model that comes with the package."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     import numpy as np
 
     from amskv_jax.generate import Sampler
+    from amskv_jax.models.guidance import Drawing
+    from amskv_jax.models.protocol import Conditions
+    from amskv_jax.pipeline import Pipeline
     from amskv_jax.policies import Policy
 
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
@@ -88,21 +92,18 @@ def sample(
     check_outputs(out, save_tokens, force=force)
     numbers = None if labels is None else parse_numbers(labels, "--labels")
 
-    from dataclasses import replace  # noqa: PLC0415
-
     import jax  # noqa: PLC0415
     import numpy as np  # noqa: PLC0415
 
     from amskv_jax.attention import choose_implementation  # noqa: PLC0415
-    from amskv_jax.checkpoints.folder import load_checkpoint, read_info  # noqa: PLC0415
+    from amskv_jax.checkpoints.folder import read_info  # noqa: PLC0415
     from amskv_jax.cli.tables import print_memory, print_plan  # noqa: PLC0415
-    from amskv_jax.generate import Sampler  # noqa: PLC0415
-    from amskv_jax.pipeline import check_labels, model_configs  # noqa: PLC0415
+    from amskv_jax.drawing import Chosen  # noqa: PLC0415
+    from amskv_jax.pipeline import Pipeline, load  # noqa: PLC0415
     from amskv_jax.plan.memory import CacheGeometry, MemoryReport  # noqa: PLC0415
     from amskv_jax.plan.stats import LayerStats  # noqa: PLC0415
     from amskv_jax.policies import AMSKV, Full  # noqa: PLC0415
     from amskv_jax.reports.sheet import contact_sheet, side_by_side  # noqa: PLC0415
-    from amskv_jax.sampling import TokenSampling  # noqa: PLC0415
     from amskv_jax.words import byte_size  # noqa: PLC0415
 
     if compilation_cache:
@@ -110,89 +111,81 @@ def sample(
     compare = checkpoint is None
     place = find_checkpoint(checkpoint)
     info = read_info(place)
-    transformer, tokenizer = model_configs(info)
+    pipe = Pipeline.of(info, None, dtype.value if dtype else None)
+    conditions = pipe.conditions(numbers)
     if numbers is None:
-        numbers = tuple(range(min(10, transformer.num_classes)))
-    classes = np.repeat(check_labels(numbers, transformer.num_classes), num_per_label)
-    batch = min(batch_size or len(classes), len(classes))
+        conditions = Chosen(conditions, tuple(range(min(10, len(conditions)))))
+    shown = np.repeat(np.arange(len(conditions)), num_per_label)
+    conditions = Chosen(conditions, tuple(shown.tolist()))
+    count = len(conditions)
+    batch = min(batch_size or count, count)
     statistics = LayerStats.load(stats, info.fingerprint) if stats else None
-    number_type = dtype.value if dtype else info.dtype
-    strength = info.guidance if cfg is None else cfg
-    full = Full()
-    if compare and policy == full:
+    drawing = replace(pipe.drawing, top_k=top_k, top_p=top_p, more_smooth=more_smooth)
+    if cfg is not None:
+        drawing = replace(drawing, cfg=cfg)
+    if compare and policy == Full():
         policy = AMSKV()
-    plan = plan_for(policy, transformer, batch, number_type, statistics)
-    sampler = Sampler(
-        transformer,
-        tokenizer,
-        plan,
-        TokenSampling(top_k, top_p, more_smooth),
-        number_type,
-        attention.value,
-    )
-    backend = choose_implementation(attention.value, sampler.dtype, transformer.head_dim)
+    shape = info.model.transformer
+    plan = plan_for(policy, shape, batch, pipe.dtype, statistics)
+    plans = {plan.note.partition(":")[0]: plan}
+    if compare:
+        plans = {"full cache": pipe.plan(Full()), **plans}
+    samplers = {
+        name: pipe.sampler(own, drawing, attention=attention.value) for name, own in plans.items()
+    }
+    backend = choose_implementation(attention.value, pipe.dtype, pipe.shape.head_dim)
     device = jax.devices()[0]
     print_plan(plan)
-    print_memory({"this plan": plan}, transformer, batch, sampler.dtype)
-    print_line(f"{sampler.dtype} on {device.device_kind} ({device.platform}), attention {backend}")
+    print_memory({"this plan": plan}, shape, batch, pipe.dtype)
+    print_line(f"{pipe.dtype} on {device.device_kind} ({device.platform}), attention {backend}")
 
     with progress("loading weights"):
-        params = load_checkpoint(place, sampler.dtype).params
-    samplers = {plan.note.partition(":")[0]: sampler}
-    if compare:
-        complete = full.plan(transformer.schedule, transformer.depth)
-        samplers = {"full cache": replace(sampler, plan=complete), **samplers}
-    names = info.classes or [f"class {label}" for label in range(transformer.num_classes)]
-    captions = [names[label] for label in classes]
-    geometry = CacheGeometry.of(transformer.num_heads, transformer.head_dim, batch, number_type)
+        pipe = load(place, pipe.dtype)
+    captions = conditions.captions(pipe.classes)
+    geometry = CacheGeometry.of(shape.num_heads, shape.head_dim, batch, pipe.dtype)
     panels = {}
-    for name, own in samplers.items():
-        tokens, pictures, seconds = _generate(own, params, classes, seed, strength, batch)
-        size = byte_size(MemoryReport.of(own.plan, geometry).plan)
-        drawn = f"{len(classes)} picture{'s'[: len(classes) > 1]} in {seconds:.2f} s"
+    for name, sampler in samplers.items():
+        tokens, pictures, seconds = _draw(pipe, sampler, conditions, drawing, seed, batch)
+        size = byte_size(MemoryReport.of(sampler.plan, geometry).plan)
+        drawn = f"{count} picture{'s'[: count > 1]} in {seconds:.2f} s"
         heading = f"{name}: cache of {size}, {drawn}"
-        print_line(f"{heading}: {len(classes) / seconds:.2f} per second")
+        print_line(f"{heading}: {count / seconds:.2f} per second")
         panels[heading] = contact_sheet(pictures, captions, num_per_label * (5 if compare else 1))
         sheet = side_by_side(panels) if compare else panels[heading]
         with replacing(out) as temporary:  # after every panel, as the next one takes its time
             sheet.save(temporary)
     print_line(f"wrote {out}")
     if save_tokens:
+        classes = conditions.classes(np.arange(count))
+        labels_too = {} if classes is None else {"labels": classes}
         with replacing(save_tokens) as temporary:
-            np.savez(temporary, tokens=tokens, labels=classes, seed=seed)
+            np.savez(temporary, tokens=tokens, **labels_too, seed=seed)
         print_line(f"wrote {save_tokens}")
 
 
-def _generate(
-    sampler: "Sampler", params: Any, labels: "np.ndarray", seed: int, cfg: float, batch: int
+def _draw(
+    pipe: "Pipeline",
+    sampler: "Sampler",
+    conditions: "Conditions",
+    drawing: "Drawing",
+    seed: int,
+    batch: int,
 ) -> "tuple[np.ndarray, np.ndarray, float]":
     """Return tokens, pictures and the seconds they took; compiling comes before, and is printed."""
-    import jax  # noqa: PLC0415
     import numpy as np  # noqa: PLC0415
 
-    from amskv_jax.generate import picture_keys  # noqa: PLC0415
-
-    count = len(labels)
-    batches = -(-count // batch)
-    # The last batch is filled up with the last label, so that one compiled program serves all.
-    labels = np.pad(labels, (0, batches * batch - count), mode="edge")
-    keys = picture_keys(jax.random.key(seed), len(labels))
-    tokens, pictures = [], []
+    count = len(conditions)
     with explaining_memory(batch), progress("compiling") as update:
-        start = time.perf_counter()
-        first = (params, labels[:batch], keys[:batch], cfg)
-        lowered = type(sampler).__call__.lower(sampler, *first)
-        traced = time.perf_counter()
-        compiled = lowered.compile()
+        drawer = pipe.drawer(sampler, conditions, batch, drawing)
         print_line(
-            f"compiled in {time.perf_counter() - start:.1f} s, {traced - start:.1f} s of it tracing"
+            f"compiled in {drawer.compile_seconds:.1f} s, "
+            f"{drawer.trace_seconds:.1f} s of it tracing"
         )
         start = time.perf_counter()
-        for index in range(batches):
-            update("drawing", index / batches if batches > 1 else None)
-            own = slice(index * batch, (index + 1) * batch)
-            samples = compiled(params, labels[own], keys[own], cfg)
-            tokens.append(np.asarray(samples.tokens))
-            pictures.append(np.asarray(samples.pictures))
+        drawn = []
+        for own in drawer.batches(pipe.params, seed, 0, count, pipe.controls(drawing)):
+            update("drawing", own.first / count if count > batch else None)
+            drawn.append((own.tokens(), own.pictures()))
         seconds = time.perf_counter() - start
-    return np.concatenate(tokens)[:count], np.concatenate(pictures)[:count], seconds
+    tokens, pictures = map(np.concatenate, zip(*drawn, strict=True))
+    return tokens, pictures, seconds

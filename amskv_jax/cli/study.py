@@ -103,9 +103,9 @@ def run(
         attention=attention.value,
     )
     model = load(checkpoint, dtype.value)
-    strength = model.guidance if cfg is None else cfg
+    strength = model.drawing.cfg if cfg is None else cfg
     conditions = Conditions(num, strength, top_k, top_p, dtype.value, calibration)
-    size, classes = model.tokenizer.picture_size, model.transformer.num_classes
+    size, classes = model.model.picture_size(model.schedule), len(model.conditions(None))
     network.check_classes(classes)
     pictures = load_pictures(real, size)
     pictures.check(size, classes)

@@ -7,15 +7,14 @@ line of figures per policy, and while a policy is drawn its shards, ``NAME.shard
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from amskv_jax.attention import Implementation
-from amskv_jax.checkpoints.info import GUIDANCE
-from amskv_jax.drawing import Drawer, balanced_labels
+from amskv_jax.drawing import Drawer
 from amskv_jax.errors import UsageError
 from amskv_jax.evaluation.calibration import load_or_calibrate
 from amskv_jax.evaluation.measures import Judge
@@ -23,11 +22,10 @@ from amskv_jax.evaluation.metrics import check_picture_count, psnr, ssim
 from amskv_jax.evaluation.results import Record, Results, read_arrays, write_arrays
 from amskv_jax.files import check_settings
 from amskv_jax.generate import Sampler
-from amskv_jax.pipeline import TOP_K, TOP_P, Pipeline
-from amskv_jax.plan.retention import RetentionPlan
+from amskv_jax.models.guidance import Drawing
+from amskv_jax.pipeline import Pipeline
 from amskv_jax.plan.stats import LayerStats
 from amskv_jax.policies.budgets import PolicyRequest, memory_report
-from amskv_jax.sampling import TokenSampling
 
 Update = Callable[[str, float], object]
 """Takes what is being done and the share that is done."""
@@ -49,9 +47,9 @@ class Evaluation:
 
     num: int = 10_000
     seed: int = 0
-    cfg: float = GUIDANCE
-    top_k: int = TOP_K
-    top_p: float = TOP_P
+    cfg: float = 1.5
+    top_k: int = Drawing.top_k
+    top_p: float = Drawing.top_p
     shard: int = 1000
     calibration_pictures: int = 128
 
@@ -113,28 +111,23 @@ def evaluate(
     check_settings(directory / "settings.json", identity)
     results = Results(directory / "results.jsonl")
 
-    def sampler(plan: RetentionPlan) -> Sampler:
-        return Sampler(
-            model.transformer,
-            model.tokenizer,
-            plan,
-            TokenSampling(evaluation.top_k, evaluation.top_p),
-            model.dtype,
-            attention,
-        )
-
-    shape = model.transformer.schedule, model.transformer.depth
+    drawing = replace(
+        model.drawing, cfg=evaluation.cfg, top_k=evaluation.top_k, top_p=evaluation.top_p
+    )
+    conditions = model.conditions(None)
+    shape = model.schedule, model.shape.num_layers
     if stats is None and any(request.needs_stats for request in requests):
         stats = load_or_calibrate(
             directory / "stats.npz",
-            sampler(PolicyRequest("full").policy(model.transformer, None).plan(*shape)),
             model,
             evaluation.calibration_pictures,
-            evaluation.cfg,
+            drawing,
             lambda line: update(line, 0.0),
         )
-    labels = balanced_labels(0, evaluation.num, model.transformer.num_classes)
-    plans = [request.policy(model.transformer, stats).plan(*shape, stats) for request in requests]
+    labels = conditions.classes(np.arange(evaluation.num))
+    plans = [
+        request.policy(model.model.transformer, stats).plan(*shape, stats) for request in requests
+    ]
     for request, plan in zip(requests, plans, strict=True):
         name = str(request)
         if name in results.records:
@@ -145,13 +138,14 @@ def evaluate(
                 )
             continue
         path = directory / f"{name}.npz"
-        drawing = _Drawing(evaluation, model, sampler(plan), path, batch)
+        sampler = model.sampler(plan, drawing, attention=attention)
+        drawn = _Drawing(evaluation, model, sampler, drawing, path, batch)
         start = time.monotonic()
-        pixels = drawing.pictures(lambda share, name=name: update(f"drawing {name}", share))  # type: ignore[misc]
+        pixels = drawn.pictures(lambda share, name=name: update(f"drawing {name}", share))  # type: ignore[misc]
         seconds = time.monotonic() - start
         update(f"measuring {name}", 1.0)
         originals = read_arrays(directory / "full.npz").get("arr_0") if name != "full" else None
-        report = memory_report(plan, model.transformer, model.dtype)
+        report = memory_report(plan, model.model.transformer, model.dtype)
         record: Record = {
             "name": name,
             "note": plan.note,
@@ -175,10 +169,16 @@ class _Drawing:
     """The pictures of one policy: shards until all are there, then one file."""
 
     def __init__(
-        self, evaluation: Evaluation, model: Pipeline, sampler: Sampler, path: Path, batch: int
+        self,
+        evaluation: Evaluation,
+        model: Pipeline,
+        sampler: Sampler,
+        drawing: Drawing,
+        path: Path,
+        batch: int,
     ) -> None:
         self.evaluation, self.model, self.sampler = evaluation, model, sampler
-        self.path, self.batch = path, batch
+        self.drawing, self.path, self.batch = drawing, path, batch
 
     def pictures(self, update: Callable[[float], object]) -> np.ndarray:
         """Return all pictures, uint8 [num, H, W, 3], from files or the model."""
@@ -192,23 +192,23 @@ class _Drawing:
             for index in range(len(starts))
         ]
         drawer: Drawer | None = None
+        conditions, controls = self.model.conditions(None), self.model.controls(self.drawing)
         shards = []
         for index, (start, file) in enumerate(zip(starts, files, strict=True)):
             pixels = read_arrays(file).get("arr_0")
             if pixels is None:
                 update(index / len(starts))
-                drawer = drawer or Drawer(
-                    self.sampler, self.model.params, min(self.batch, evaluation.num)
+                drawer = drawer or self.model.drawer(
+                    self.sampler, conditions, min(self.batch, evaluation.num), self.drawing
                 )
                 count = min(evaluation.shard, evaluation.num - start)
-                pixels = drawer.draw(
-                    self.model.params, evaluation.seed, start, count, evaluation.cfg
-                )
+                pixels = drawer.draw(self.model.params, evaluation.seed, start, count, controls)
                 write_arrays(file, {"arr_0": pixels})
             shards.append(pixels)
         pictures = np.concatenate(shards)
-        labels = balanced_labels(0, len(pictures), self.model.transformer.num_classes)
-        write_arrays(self.path, {"arr_0": pictures, "arr_1": labels})
+        classes = conditions.classes(np.arange(len(pictures)))
+        known = {} if classes is None else {"arr_1": classes}
+        write_arrays(self.path, {"arr_0": pictures, **known})
         for file in files:
             file.unlink()
         return pictures

@@ -15,7 +15,7 @@ def contact_sheet(pictures: np.ndarray, captions: Sequence[str], group: int = 1)
     """Return pictures in rows, each above its caption; the sheet is about square.
 
     Args:
-      pictures: [B, height, width, 3] in [0, 1].
+      pictures: [B, height, width, 3] uint8.
       captions: B texts.
       group: this number of successive pictures always share a row.
     """
@@ -28,7 +28,7 @@ def contact_sheet(pictures: np.ndarray, captions: Sequence[str], group: int = 1)
     size = (columns * step_x + MARGIN, -(-count // columns) * step_y + MARGIN)
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
-    for index, (picture, caption) in enumerate(zip(to_uint8(pictures), captions, strict=True)):
+    for index, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
         x = MARGIN + index % columns * step_x
         y = MARGIN + index // columns * step_y
         tile = Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST)
@@ -51,8 +51,3 @@ def side_by_side(sheets: Mapping[str, Image.Image]) -> Image.Image:
         whole.paste(sheet, (x, top))
         x += sheet.width + 2 * MARGIN
     return whole
-
-
-def to_uint8(pictures: np.ndarray) -> np.ndarray:
-    """Return pictures in [0, 1] as integers from 0 to 255, rounded to the nearest."""
-    return np.rint(np.clip(np.asarray(pictures), 0, 1) * 255).astype(np.uint8)

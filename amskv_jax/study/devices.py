@@ -9,7 +9,7 @@ launches there meanwhile is recorded instead of run, often without an error.
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 
 from amskv_jax.drawing import Drawer
 from amskv_jax.generate import Sampler
+from amskv_jax.models.guidance import Controls
 from amskv_jax.pipeline import Pipeline
 from amskv_jax.plan.retention import RetentionPlan
 from amskv_jax.study.cells import Arm
@@ -48,9 +49,9 @@ class Program:
     drawer: Drawer
     params: Any
 
-    def draw(self, seed: int, count: int, cfg: float) -> np.ndarray:
+    def draw(self, seed: int, count: int, controls: Controls) -> np.ndarray:
         """Return the first pictures of a seed, see ``Drawer.draw``."""
-        return self.drawer.draw(self.params, seed, 0, count, cfg)
+        return self.drawer.draw(self.params, seed, 0, count, controls)
 
 
 class Compiler:
@@ -86,7 +87,10 @@ class Compiler:
         try:
             params = self._params(arm.dtype, device)
             with jax.default_device(device):
-                return Program(device, Drawer(self._sampler(arm), params, self._batch), params)
+                model = replace(self._model, params=params)
+                conditions = model.conditions(None)
+                drawer = model.drawer(self._sampler(arm), conditions, self._batch)
+                return Program(device, drawer, params)
         except FAILURES as error:
             return error
 

@@ -9,7 +9,7 @@ pictures, drawn again if they are missing).
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +18,6 @@ import numpy as np
 
 from amskv_jax.attention import Implementation
 from amskv_jax.checkpoints.info import GUIDANCE
-from amskv_jax.drawing import balanced_labels
 from amskv_jax.errors import AmskvError
 from amskv_jax.evaluation.calibration import load_or_calibrate
 from amskv_jax.evaluation.measures import Judge
@@ -31,10 +30,10 @@ from amskv_jax.evaluation.results import (
 )
 from amskv_jax.files import check_settings
 from amskv_jax.generate import Sampler
-from amskv_jax.pipeline import TOP_K, TOP_P, Pipeline
+from amskv_jax.models.guidance import Drawing
+from amskv_jax.pipeline import Pipeline
 from amskv_jax.plan.stats import LayerStats
 from amskv_jax.policies.budgets import memory_report
-from amskv_jax.sampling import TokenSampling
 from amskv_jax.study.cells import Arm, Cell, full_arm, order_cells, study_arms
 from amskv_jax.study.devices import (
     FAILURES,
@@ -61,8 +60,8 @@ class Conditions:
 
     num: int = 10_000
     cfg: float = GUIDANCE
-    top_k: int = TOP_K
-    top_p: float = TOP_P
+    top_k: int = Drawing.top_k
+    top_p: float = Drawing.top_p
     dtype: str = "bfloat16"
     calibration_pictures: int = 128
 
@@ -173,8 +172,11 @@ class _Study:
         self.samples = read_arrays(directory / "samples.npz")
         self.samples["classes"] = np.array(self.model.classes, str)
         self.compiler = Compiler(self.model, load, self._sampler, extent.batch)
-        self.full = full_arm(self.model.transformer, conditions.dtype)
-        self.labels = balanced_labels(0, conditions.num, self.model.transformer.num_classes)
+        self.full = full_arm(self.model.model.transformer, conditions.dtype)
+        self.drawing = replace(
+            self.model.drawing, cfg=conditions.cfg, top_k=conditions.top_k, top_p=conditions.top_p
+        )
+        self.labels = self.model.conditions(None).classes(np.arange(conditions.num))
         self.positions: dict[str, int] = {}
         self.originals: dict[int, np.ndarray] = {}
         self.lost: dict[int, Exception] = {}
@@ -244,7 +246,7 @@ class _Study:
         """Return all cells that were asked for."""
         extent, stats = self.extent, self._stats()
         arms, impossible = study_arms(
-            self.model.transformer, stats, extent.sections, self.conditions.dtype
+            self.model.model.transformer, stats, extent.sections, self.conditions.dtype
         )
         for one in impossible:
             if one.name not in self.results.records:
@@ -261,15 +263,8 @@ class _Study:
         ]
 
     def _sampler(self, arm: Arm) -> Sampler:
-        conditions, model = self.conditions, self.model
-        return Sampler(
-            model.transformer,
-            model.tokenizer,
-            arm.plan,
-            TokenSampling(conditions.top_k, conditions.top_p),
-            arm.dtype,
-            self.extent.attention,
-        )
+        model = replace(self.model, dtype=arm.dtype)
+        return model.sampler(arm.plan, self.drawing, attention=self.extent.attention)
 
     def _run(
         self, groups: list[Group], programs: dict[Key, Program | Exception], deadline: float
@@ -292,7 +287,8 @@ class _Study:
         pixels = self.originals.get(cell.seed) if is_full else None
         try:
             if pixels is None:
-                pixels = program.draw(cell.seed, self.conditions.num, self.conditions.cfg)
+                controls = self.model.controls(self.drawing)
+                pixels = program.draw(cell.seed, self.conditions.num, controls)
         except FAILURES as error:
             self._fail(group, error)
             return
@@ -347,8 +343,10 @@ class _Study:
 
     def _describe(self, cell: Cell) -> Record:
         arm = cell.arm
-        report = memory_report(arm.plan, self.model.transformer, arm.dtype)
-        everything = memory_report(arm.plan, self.model.transformer, self.conditions.dtype).full
+        report = memory_report(arm.plan, self.model.model.transformer, arm.dtype)
+        everything = memory_report(
+            arm.plan, self.model.model.transformer, self.conditions.dtype
+        ).full
         return {
             "name": cell.name,
             "section": arm.section,
@@ -368,17 +366,16 @@ class _Study:
         return self.directory / f"originals-seed{seed}.npz"
 
     def _keep_samples(self, name: str, pixels: np.ndarray) -> None:
-        shown = pixels[: self.model.transformer.num_classes].copy()  # not a view of them all
+        shown = pixels[: len(self.model.conditions(None))].copy()  # not a view of them all
         self.samples[name.replace("/", "|")] = shown
         write_arrays(self.directory / "samples.npz", self.samples)
 
     def _stats(self) -> LayerStats:
         return load_or_calibrate(
             self.directory / "stats.npz",
-            self._sampler(self.full),
             self.model,
             self.conditions.calibration_pictures,
-            self.conditions.cfg,
+            self.drawing,
             self.report,
         )
 

@@ -119,6 +119,11 @@ class MultiScaleQuantizer(nn.Module):
         """Return the codebook vectors of tokens [...], float32 [..., C]."""
         return jnp.take(self.codebook.astype(jnp.float32), tokens, axis=0)
 
+    def embed_mixture(self, weights: jax.Array) -> jax.Array:
+        """Return mixtures of all codebook vectors, float32 [..., C], of weights [..., V]."""
+        codebook = self.codebook.astype(jnp.float32)
+        return jnp.matmul(weights, codebook, precision=lax.Precision.HIGHEST)
+
     def accumulate(self, f_hat: jax.Array, codes: jax.Array, scale: int) -> jax.Array:
         """Return f_hat [B, h, w, C] with the contribution of ``scale`` added.
 

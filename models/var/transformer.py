@@ -9,7 +9,9 @@ from flax import linen as nn
 from jax import lax
 
 from amskv_jax.attention import Attention, Implementation, attend_block_causal
+from amskv_jax.models.guidance import Guidance
 from amskv_jax.models.layers import FeedForward, Head, SelfAttention, StackedDense, layer_norm
+from amskv_jax.models.protocol import Prepared
 from amskv_jax.models.var.config import VARConfig
 
 
@@ -77,6 +79,27 @@ class VAR(nn.Module):
         self.blocks = Block(config, self.dtype)
         self.head_modulation = nn.Dense(2 * width, **dense)
         self.head = Head(config.vocab_size, self.dtype)
+
+    @property
+    def attention_scale(self) -> float:
+        """See ``protocol.Transformer``."""
+        return self.config.attention_scale
+
+    def prepare(self, condition: jax.Array, guidance: Guidance) -> Prepared:
+        """See ``protocol.Transformer``; the condition is labels [B] int32."""
+        without = jnp.full_like(condition, self.config.num_classes)
+        embedding, modulation, head = self.condition(guidance.pair(condition, without))
+        layers = self.variables["params"]["blocks"], modulation
+        return Prepared(start=self.first_input(embedding), layers=layers, shared=head)
+
+    def block(
+        self, layer: Any, shared: Any, x: jax.Array, step: int, attention: Attention
+    ) -> tuple[jax.Array, Any]:
+        """See ``protocol.Transformer``."""
+        params, modulation = layer
+        module = Block(self.config, self.dtype, parent=None)
+        result: tuple[jax.Array, Any] = module.apply({"params": params}, x, modulation, attention)
+        return result
 
     def condition(self, labels: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return everything that depends on the class alone.

@@ -72,6 +72,21 @@ class VQVAE(nn.Module):
         """Return the transformer's inputs [B, total - T_0, C] for tokens [B, total]."""
         return self.quantizer.teacher_inputs(tokens)
 
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(h, w, C) of a latent."""
+        return (*self.config.schedule.grids[-1], self.config.latent_channels)
+
+    @property
+    def activation_bytes(self) -> int:
+        """Bytes of the largest activation while one picture is decoded."""
+        height, width = self.config.picture_size
+        return height * width * self.config.channels * jnp.dtype(self.dtype).itemsize
+
+    def embed_mixture(self, weights: jax.Array) -> jax.Array:
+        """Return mixtures of all codebook vectors [..., C], weights [..., V] float32."""
+        return self.quantizer.embed_mixture(weights)
+
     def embed(self, tokens: jax.Array) -> jax.Array:
         """Return the codebook vectors [..., C] of tokens [...]."""
         return self.quantizer.embed(tokens)

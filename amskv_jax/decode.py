@@ -1,0 +1,47 @@
+"""From latents to pictures: a program of its own, which all plans, policies and batches share."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from amskv_jax.models.protocol import Model
+from amskv_jax.schedule import ScaleSchedule
+
+DECODED_BYTES = 2**30
+"""Pictures are decoded so many at a time that one layer's activations are about this large."""
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def decode(
+    model: Model, schedule: ScaleSchedule, dtype: str, params: Any, latents: jax.Array
+) -> jax.Array:
+    """Return the pictures of latents.
+
+    Args:
+      model: the model's shape.
+      schedule: what was drawn.
+      dtype: "float32" or "bfloat16", in which the decoder computes.
+      params: the weights, a tree per part; only the tokenizer's are used.
+      latents: [B, h, w, C] float32, as ``Samples.latent``.
+
+    Returns:
+      [B, height, width, 3] float32 in [0, 1].
+    """
+    _, tokenizer = model.bind({"tokenizer": params["tokenizer"]}, schedule, dtype)
+
+    def one(latent: jax.Array) -> jax.Array:
+        return (tokenizer.decode(latent[None])[0].astype(jnp.float32) + 1) / 2
+
+    return lax.map(one, latents, batch_size=max(1, DECODED_BYTES // tokenizer.activation_bytes))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def decode_pixels(
+    model: Model, schedule: ScaleSchedule, dtype: str, params: Any, latents: jax.Array
+) -> jax.Array:
+    """Return the pictures of latents as uint8 [B, height, width, 3]; see ``decode``."""
+    pictures = decode(model, schedule, dtype, params, latents)
+    return jnp.rint(jnp.clip(pictures, 0, 1) * 255).astype(jnp.uint8)
