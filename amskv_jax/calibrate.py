@@ -118,7 +118,7 @@ def calibrate(
     schedule = config.schedule
     sampler = replace(
         sampler,
-        plan=Full().plan(schedule, config.depth),
+        plan=Full().plan(config.cache_shape),
         decode=False,
         trace=False,
         observe=AttentionObserver(schedule, config.attention_scale),

@@ -81,13 +81,12 @@ class Sampler:
 
     def __post_init__(self) -> None:
         config = self.transformer
-        if self.plan.num_layers != config.depth:
+        self.plan.check(config.cache_shape)
+        if self.tokenizer.schedule != config.schedule:
             raise AmskvError(
-                f"the retention plan has {self.plan.num_layers} layers, the model {config.depth}"
+                f"the tokenizer's scales are {self.tokenizer.schedule}, "
+                f"the model's {config.schedule}"
             )
-        for other, name in ((self.plan.schedule, "plan"), (self.tokenizer.schedule, "tokenizer")):
-            if other != config.schedule:
-                raise AmskvError(f"the {name}'s scales are {other}, the model's {config.schedule}")
 
     @partial(jax.jit, static_argnums=0)
     def __call__(

@@ -57,11 +57,11 @@ class Pipeline:
     ) -> Sampler:
         """Return the compiled part of ``sample``, for use with ``params``; arguments as there."""
         if stats is not None:
-            stats.check(self.transformer.schedule, self.transformer.depth, self.fingerprint or None)
+            stats.check(self.transformer.cache_shape, self.fingerprint or None)
         return Sampler(
             transformer=self.transformer,
             tokenizer=self.tokenizer,
-            plan=policy.plan(self.transformer.schedule, self.transformer.depth, stats),
+            plan=policy.plan(self.transformer.cache_shape, stats),
             sampling=TokenSampling(top_k, top_p, more_smooth),
             dtype=self.dtype,
             attention=attention,

@@ -5,7 +5,7 @@ import os
 
 import jax
 import pytest
-from small_models import SCHEDULE, TOKENIZER, TRANSFORMER
+from small_models import TOKENIZER, TRANSFORMER
 
 from amskv_jax import benchmark
 from amskv_jax.benchmark import Measurement, OutOfMemoryError, measure, measure_in_new_process
@@ -14,7 +14,11 @@ from amskv_jax.policies import Full
 from amskv_jax.sampling import TokenSampling
 
 SAMPLER = Sampler(
-    TRANSFORMER, TOKENIZER, Full().plan(SCHEDULE, 3), TokenSampling(top_k=1), decode=False
+    TRANSFORMER,
+    TOKENIZER,
+    Full().plan(TRANSFORMER.cache_shape),
+    TokenSampling(top_k=1),
+    decode=False,
 )
 
 

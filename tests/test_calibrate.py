@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from made_stats import cache_shape
 from reference_weights import GOLDEN, recipe_params
 from small_models import SCHEDULE, TOKENIZER, TRANSFORMER
 
@@ -22,7 +23,7 @@ from amskv_jax.sampling import TokenSampling
 from amskv_jax.schedule import VAR_256, ScaleSchedule
 from amskv_jax.similarity import key_similarity
 
-PLAN = Full().plan(SCHEDULE, TRANSFORMER.depth)
+PLAN = Full().plan(TRANSFORMER.cache_shape)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def measure(params, count, **options):
 @pytest.mark.slow
 def test_measures_what_the_reference_measured(golden):
     config, tokenizer = VARConfig(2, 128, 2, VAR_256, 10, 64), VQVAEConfig(VAR_256, 64, 32, 32)
-    sampler = Sampler(config, tokenizer, Full().plan(VAR_256, 2), TokenSampling(top_k=1))
+    sampler = Sampler(config, tokenizer, Full().plan(config.cache_shape), TokenSampling(top_k=1))
     weights = {"transformer": recipe_params(config), "tokenizer": recipe_params(tokenizer)}
     labels = golden["labels"]
     cfg = json.loads(str(golden["meta"]))["cfg"]
@@ -221,12 +222,12 @@ def test_damaged_files_are_refused(stats, tmp_path):
 
 
 def test_another_model_cannot_use_them(stats, checkpoint):
-    stats.check(SCHEDULE, 3)
+    stats.check(cache_shape(SCHEDULE, 3, TRANSFORMER.num_heads))
     with pytest.raises(AmskvError, match="3 layers, this one has 4: calibrate this model"):
-        stats.check(SCHEDULE, 4)
+        stats.check(cache_shape(SCHEDULE, 4, TRANSFORMER.num_heads))
     other = ScaleSchedule.square((1, 2, 4))
     with pytest.raises(AmskvError, match="the scales 1, 2, 3, this one has 1, 2, 4"):
-        stats.check(other, 3)
+        stats.check(cache_shape(other, 3))
     with pytest.raises(AmskvError, match="another model"):
         load(checkpoint).sampler(AMSKV(), stats=stats)
 

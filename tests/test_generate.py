@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from made_stats import cache_shape
 from reference_weights import recipe_params
 
 from amskv_jax.attention import attend, choose_implementation
@@ -30,7 +31,7 @@ def params():
 
 
 def sampler(policy=None, **options):
-    plan = (policy or Full()).plan(SCHEDULE, CONFIG.depth)
+    plan = (policy or Full()).plan(CONFIG.cache_shape)
     return Sampler(CONFIG, TOKENIZER, plan, **options)
 
 
@@ -100,11 +101,11 @@ def test_lowers_for_every_platform(params, dtype):
 
 def test_parts_that_do_not_fit_are_refused():
     with pytest.raises(AmskvError, match="plan has 3 layers, the model 6"):
-        Sampler(CONFIG, TOKENIZER, Full().plan(SCHEDULE, 3))
+        Sampler(CONFIG, TOKENIZER, Full().plan(cache_shape(SCHEDULE, 3)))
     with pytest.raises(AmskvError, match="the plan's scales are"):
-        Sampler(CONFIG, TOKENIZER, Full().plan(VAR_256, 6))
+        Sampler(CONFIG, TOKENIZER, Full().plan(cache_shape(VAR_256, 6)))
     with pytest.raises(AmskvError, match="the tokenizer's scales are"):
-        Sampler(CONFIG, VQVAEConfig(VAR_256), Full().plan(SCHEDULE, 6))
+        Sampler(CONFIG, VQVAEConfig(VAR_256), Full().plan(CONFIG.cache_shape))
 
 
 def test_attention_in_query_chunks_is_the_same(monkeypatch):

@@ -56,7 +56,7 @@ def test_labels_may_be_any_sequence_and_do_not_compile_again(pipe):
 
 def test_the_functional_layer_alone_gives_the_same(pipe):
     """What the README shows: a plan, a sampler, weights, and no pipeline."""
-    plan = AMSKV().plan(TRANSFORMER.schedule, TRANSFORMER.depth)
+    plan = AMSKV().plan(TRANSFORMER.cache_shape)
     sampler = Sampler(TRANSFORMER, TOKENIZER, plan, TokenSampling(top_k=20, top_p=0.9))
     expected = pipe.sample([2, 9], key=KEY, policy=AMSKV(), top_k=20, top_p=0.9)
     out = sampler(pipe.params, jnp.array([2, 9]), picture_keys(KEY, 2), 1.5)
@@ -67,7 +67,7 @@ def test_the_functional_layer_alone_gives_the_same(pipe):
 @pytest.mark.parametrize("policy", [Full(), AMSKV(condensed=1), Window(4), Sink(1, 2)])
 def test_policies_decide_what_the_sampler_keeps(pipe, policy):
     sampler = pipe.sampler(policy, top_k=5, top_p=0.5, more_smooth=True, attention="xla")
-    assert sampler.plan == policy.plan(SCHEDULE, TRANSFORMER.depth)
+    assert sampler.plan == policy.plan(TRANSFORMER.cache_shape)
     assert sampler.sampling == TokenSampling(5, 0.5, more_smooth=True)
     assert sampler.attention == "xla"
 

@@ -18,11 +18,11 @@ from test_metrics import MeanColour
 
 from amskv_jax.drawing import Drawer
 from amskv_jax.errors import AmskvError, UsageError
-from amskv_jax.study import devices as module
 from amskv_jax.evaluation.measures import Judge
 from amskv_jax.evaluation.results import add_cells, read_arrays
 from amskv_jax.files import read_json_lines
 from amskv_jax.pipeline import Pipeline
+from amskv_jax.study import devices as module
 from amskv_jax.study.render import render_study
 from amskv_jax.study.study import Conditions, Extent, run_study
 

@@ -57,13 +57,13 @@ def bench(
     from amskv_jax.sampling import TokenSampling  # noqa: PLC0415
 
     config = configs.get(model)
-    shape = config.transformer.schedule, config.transformer.depth
+    shape = config.transformer.cache_shape
     statistics = LayerStats.load(stats) if stats else None
     samplers = {
         name: Sampler(
             config.transformer,
             config.tokenizer,
-            policy.plan(*shape, statistics),
+            policy.plan(shape, statistics),
             TokenSampling(TOP_K, TOP_P),
             dtype.value,
             attention.value,

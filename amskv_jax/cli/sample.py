@@ -111,6 +111,7 @@ def sample(
     place = find_checkpoint(checkpoint)
     info = read_info(place)
     transformer, tokenizer = model_configs(info)
+    shape = transformer.cache_shape
     if numbers is None:
         numbers = tuple(range(min(10, transformer.num_classes)))
     classes = np.repeat(check_labels(numbers, transformer.num_classes), num_per_label)
@@ -121,7 +122,7 @@ def sample(
     full = Full()
     if compare and policy == full:
         policy = AMSKV()
-    plan = plan_for(policy, transformer, batch, number_type, statistics)
+    plan = plan_for(policy, shape, batch, number_type, statistics)
     sampler = Sampler(
         transformer,
         tokenizer,
@@ -133,18 +134,18 @@ def sample(
     backend = choose_implementation(attention.value, sampler.dtype, transformer.head_dim)
     device = jax.devices()[0]
     print_plan(plan)
-    print_memory({"this plan": plan}, transformer, batch, sampler.dtype)
+    print_memory({"this plan": plan}, shape, batch, sampler.dtype)
     print_line(f"{sampler.dtype} on {device.device_kind} ({device.platform}), attention {backend}")
 
     with progress("loading weights"):
         params = load_checkpoint(place, sampler.dtype).params
     samplers = {plan.note.partition(":")[0]: sampler}
     if compare:
-        complete = full.plan(transformer.schedule, transformer.depth)
+        complete = full.plan(shape)
         samplers = {"full cache": replace(sampler, plan=complete), **samplers}
     names = info.classes or [f"class {label}" for label in range(transformer.num_classes)]
     captions = [names[label] for label in classes]
-    geometry = CacheGeometry.of(transformer.num_heads, transformer.head_dim, batch, number_type)
+    geometry = CacheGeometry.of(shape, batch, number_type)
     panels = {}
     for name, own in samplers.items():
         tokens, pictures, seconds = _generate(own, params, classes, seed, strength, batch)

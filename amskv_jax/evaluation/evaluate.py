@@ -26,6 +26,7 @@ from amskv_jax.generate import Sampler
 from amskv_jax.pipeline import TOP_K, TOP_P, Pipeline
 from amskv_jax.plan.retention import RetentionPlan
 from amskv_jax.plan.stats import LayerStats
+from amskv_jax.policies import Full
 from amskv_jax.policies.budgets import PolicyRequest, memory_report
 from amskv_jax.sampling import TokenSampling
 
@@ -123,18 +124,18 @@ def evaluate(
             attention,
         )
 
-    shape = model.transformer.schedule, model.transformer.depth
+    shape = model.transformer.cache_shape
     if stats is None and any(request.needs_stats for request in requests):
         stats = load_or_calibrate(
             directory / "stats.npz",
-            sampler(PolicyRequest("full").policy(model.transformer, None).plan(*shape)),
+            sampler(Full().plan(shape)),
             model,
             evaluation.calibration_pictures,
             evaluation.cfg,
             lambda line: update(line, 0.0),
         )
     labels = balanced_labels(0, evaluation.num, model.transformer.num_classes)
-    plans = [request.policy(model.transformer, stats).plan(*shape, stats) for request in requests]
+    plans = [request.policy(shape, stats).plan(shape, stats) for request in requests]
     for request, plan in zip(requests, plans, strict=True):
         name = str(request)
         if name in results.records:
@@ -151,7 +152,7 @@ def evaluate(
         seconds = time.monotonic() - start
         update(f"measuring {name}", 1.0)
         originals = read_arrays(directory / "full.npz").get("arr_0") if name != "full" else None
-        report = memory_report(plan, model.transformer, model.dtype)
+        report = memory_report(plan, shape, model.dtype)
         record: Record = {
             "name": name,
             "note": plan.note,

@@ -173,7 +173,7 @@ class _Study:
         self.samples = read_arrays(directory / "samples.npz")
         self.samples["classes"] = np.array(self.model.classes, str)
         self.compiler = Compiler(self.model, load, self._sampler, extent.batch)
-        self.full = full_arm(self.model.transformer, conditions.dtype)
+        self.full = full_arm(self.model.transformer.cache_shape, conditions.dtype)
         self.labels = balanced_labels(0, conditions.num, self.model.transformer.num_classes)
         self.positions: dict[str, int] = {}
         self.originals: dict[int, np.ndarray] = {}
@@ -347,8 +347,9 @@ class _Study:
 
     def _describe(self, cell: Cell) -> Record:
         arm = cell.arm
-        report = memory_report(arm.plan, self.model.transformer, arm.dtype)
-        everything = memory_report(arm.plan, self.model.transformer, self.conditions.dtype).full
+        shape = self.model.transformer.cache_shape
+        report = memory_report(arm.plan, shape, arm.dtype)
+        everything = memory_report(arm.plan, shape, self.conditions.dtype).full
         return {
             "name": cell.name,
             "section": arm.section,
