@@ -78,11 +78,7 @@ class Sampler:
 
     def __post_init__(self) -> None:
         self.model.check_schedule(self.plan.schedule)
-        if self.plan.num_layers != self.shape.num_layers:
-            raise AmskvError(
-                f"the retention plan has {self.plan.num_layers} layers, "
-                f"the model {self.shape.num_layers}"
-            )
+        self.plan.check(self.shape)
 
     @property
     def shape(self) -> CacheShape:

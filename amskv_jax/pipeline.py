@@ -82,8 +82,8 @@ class Pipeline:
           AmskvError: if policy or statistics do not fit the model.
         """
         if stats is not None:
-            stats.check(self.schedule, self.shape.num_layers, self.fingerprint or None)
-        return policy.plan(self.schedule, self.shape.num_layers, stats)
+            stats.check(self.shape, self.fingerprint or None)
+        return policy.plan(self.shape, stats)
 
     def sampler(
         self,

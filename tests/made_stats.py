@@ -2,12 +2,18 @@
 
 import numpy as np
 
+from amskv_jax.plan.shape import CacheShape
 from amskv_jax.plan.stats import LayerStats
 from amskv_jax.schedule import VAR_256
 
 
-def make_stats(similarity, schedule=VAR_256, density=None):
-    """Statistics with these similarities [layers, S] and, if not given, even attention."""
+def cache_shape(schedule, layers, heads=1, head_dim=8):
+    """The cache of a model; of as many heads as the statistics here have, unless said otherwise."""
+    return CacheShape(schedule, layers, heads, head_dim)
+
+
+def make_stats(similarity, schedule=VAR_256, density=None, heads=1):
+    """Statistics with these similarities [layers, S]; attention is even if not given."""
     similarity = np.array(similarity, float)
     similarity[:, 0] = np.nan
     layers, scales = similarity.shape
@@ -15,9 +21,8 @@ def make_stats(similarity, schedule=VAR_256, density=None):
         tokens = np.array(schedule.tokens)
         even = np.tril(np.broadcast_to(tokens, (scales, scales))) / np.cumsum(tokens)[:, None]
         density = np.broadcast_to(even, (layers, scales, scales))
-    return LayerStats(
-        schedule, similarity, similarity, density[:, None], np.ones((layers, scales, 5))
-    )
+    density = np.repeat(density[:, None], heads, axis=1)
+    return LayerStats(schedule, similarity, similarity, density, np.ones((layers, scales, 5)))
 
 
 def random_stats(seed, schedule, layers):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from made_stats import make_stats
+from made_stats import cache_shape, make_stats
 from reference_weights import GOLDEN, recipe_params
 
 from amskv_jax.cache.online import DecisionObserver, OnlineCache, OnlineSlots
@@ -85,7 +85,7 @@ def generate(params, golden, name, plan, **options):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["A1", "A2", "A3", "A4", "A5"])
 def test_online_runs_decide_as_recorded(params, golden, name):
-    plan = recorded(golden, name).plan(VAR_256, CONFIG.depth)
+    plan = recorded(golden, name).plan(CONFIG.cache_shape)
     out = generate(params, golden, name, plan, observe=DecisionObserver())
     seen = [scans[0] for scans in out.observed]
     cached = json.loads(str(golden["decisions"]))[name]["cached"]
@@ -103,7 +103,8 @@ def test_online_runs_decide_as_recorded(params, golden, name):
 @pytest.mark.parametrize("name", ["A1", "A2", "A3", "A4", "A5"])
 def test_plans_from_recorded_similarities_draw_what_was_recorded(params, golden, name):
     policy = AMSKV(**(vars(recorded(golden, name)) | {"online": False}))
-    plan = policy.plan(VAR_256, CONFIG.depth, make_stats(golden[f"{name}_neg_l2"]))
+    stats = make_stats(golden[f"{name}_neg_l2"], heads=CONFIG.num_heads)
+    plan = policy.plan(CONFIG.cache_shape, stats)
     attended = np.array([row.kept_tokens for row in plan.rows]) + VAR_256.tokens
     np.testing.assert_array_equal(attended, golden[f"{name}_attended_tokens"])
     out = with_pictures(MODEL, plan, params, generate(params, golden, name, plan))
@@ -151,7 +152,10 @@ def test_plans_are_what_the_sequential_walk_does(case):
     schedule, similarity, (c_min, c_max, condensed, theta) = case
     policy = AMSKV(c_min, c_max, condensed, theta=theta)
     stats = make_stats(similarity, schedule)
-    plan, classes = policy.plan(schedule, len(similarity), stats), policy.classify(stats)
+    plan, classes = (
+        policy.plan(cache_shape(schedule, len(similarity)), stats),
+        policy.classify(stats),
+    )
     for layer, row in enumerate(plan.rows):
         history, expanded = sequential_decisions(
             schedule.tokens, similarity[layer], c_min, c_max, condensed, theta

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from made_stats import make_stats, random_stats
+from made_stats import cache_shape, make_stats, random_stats
 
 from amskv_jax.errors import AmskvError, UsageError
 from amskv_jax.plan.memory import CacheGeometry, MemoryReport
@@ -58,7 +58,10 @@ def test_equal_layers_are_not_demanding():
     assert automatic_theta(np.array([-0.9, -0.3]))[0] == pytest.approx(-0.6)
     similarity = np.full((4, 10), -0.4)
     assert AMSKV().classify(make_stats(similarity)).demanding == ()
-    assert "demanding layers none" in AMSKV().plan(VAR_256, 4, make_stats(similarity)).note
+    assert (
+        "demanding layers none"
+        in AMSKV().plan(cache_shape(VAR_256, 4), make_stats(similarity)).note
+    )
     room_for_all = AMSKV(c_min=VAR_256.total).classify(random_stats(0, VAR_256, 4))
     assert room_for_all.demanding == ()
     assert np.isinf(room_for_all.lowest).all()
@@ -74,10 +77,10 @@ def test_theta_follows_from_the_scales_that_find_no_room():
     assert classes.theta == pytest.approx(-0.6)
     assert classes.demanding == (1, 4)
     assert classes.expansions == (None, 8, None, None, 8, None)
-    plan = policy.plan(VAR_256, 6, make_stats(similarity))
+    plan = policy.plan(cache_shape(VAR_256, 6), make_stats(similarity))
     assert "demanding layers 1, 4" in plan.note
-    assert plan == AMSKV(160, 360, theta=-0.5).plan(VAR_256, 6, make_stats(similarity))
-    online = AMSKV(160, 360, online=True).plan(VAR_256, 6, make_stats(similarity))
+    assert plan == AMSKV(160, 360, theta=-0.5).plan(cache_shape(VAR_256, 6), make_stats(similarity))
+    online = AMSKV(160, 360, online=True).plan(cache_shape(VAR_256, 6), make_stats(similarity))
     assert {row.theta for row in online.rows} == {classes.theta}
     assert RetentionPlan.from_json(online.to_json()) == online
 
@@ -110,7 +113,7 @@ def test_a_budget_gets_the_plan_that_keeps_most_attention(seed, max_tokens, cond
     locked = sum(SMALL.tokens[:condensed])
     pairs = combinations_with_replacement(range(locked, SMALL.total + 1), 2)
     tried = [
-        AMSKV(a, b, condensed, allocation=allocation).plan(SMALL, 3, stats)
+        AMSKV(a, b, condensed, allocation=allocation).plan(cache_shape(SMALL, 3), stats)
         for a, b in pairs
         if a == b or not uniform
     ]
@@ -120,9 +123,9 @@ def test_a_budget_gets_the_plan_that_keeps_most_attention(seed, max_tokens, cond
         with pytest.raises(
             AmskvError, match=f"condensed {condensed} holds {min(map(held, tried))} "
         ):
-            policy.plan(SMALL, 3, stats)
+            policy.plan(cache_shape(SMALL, 3), stats)
         return
-    found = policy.plan(SMALL, 3, stats)
+    found = policy.plan(cache_shape(SMALL, 3), stats)
     assert held(found) <= max_tokens
     best = max(attention_kept(plan, stats) for plan in fitting)
     assert attention_kept(found, stats) == pytest.approx(best)
@@ -136,31 +139,34 @@ def test_a_budget_gets_the_plan_that_keeps_most_attention(seed, max_tokens, cond
 def test_a_target_saving_is_met(target, schedule, layers, calibrated, allocation):
     stats = random_stats(1, schedule, layers) if calibrated else None
     policy = AMSKV(target_saving=target, allocation=allocation)
-    plan = policy.plan(schedule, layers, stats)
+    plan = policy.plan(cache_shape(schedule, layers), stats)
     report = MemoryReport.of(plan, CacheGeometry(2, 16, 64))
     assert report.saving(report.full) >= target
     assert f"fitted to save {target:.1%}" in plan.note
     # A byte budget is the same in other words.
     geometry = CacheGeometry(2, 16, 64)
     tokens = geometry.tokens(int(report.full * (1 - target)) + 1)
-    assert AMSKV(max_tokens=tokens, allocation=allocation).plan(schedule, layers, stats) == plan
+    assert (
+        AMSKV(max_tokens=tokens, allocation=allocation).plan(cache_shape(schedule, layers), stats)
+        == plan
+    )
 
 
 def test_a_target_that_cannot_be_met_names_the_smallest_plan():
     stats = random_stats(0, VAR_256, 4)
     with pytest.raises(AmskvError, match="holds at most 27 tokens in 4 layers") as caught:
-        AMSKV(target_saving=0.99, condensed=3).plan(VAR_256, 4, stats)
+        AMSKV(target_saving=0.99, condensed=3).plan(cache_shape(VAR_256, 4), stats)
     assert "the smallest with condensed 3 holds 56 (97.9% saved" in str(caught.value)
-    plan = AMSKV(max_tokens=56, condensed=3).plan(VAR_256, 4, stats)
+    plan = AMSKV(max_tokens=56, condensed=3).plan(cache_shape(VAR_256, 4), stats)
     assert held(plan) == 56
     with pytest.raises(AmskvError, match="smallest with C_min 250, condensed 2 holds"):
-        AMSKV(c_min=250, max_tokens=800).plan(VAR_256, 4, stats)
+        AMSKV(c_min=250, max_tokens=800).plan(cache_shape(VAR_256, 4), stats)
 
 
 def test_capacities_that_are_given_stay():
     stats = random_stats(3, VAR_256, 6)
     for given_ in ({"c_min": 64}, {"c_max": 300}, {"c_min": 30, "c_max": 400}):
-        fitted = AMSKV(**given_).fit(VAR_256, 6, 2000, stats)
+        fitted = AMSKV(**given_).fit(cache_shape(VAR_256, 6), 2000, stats)
         assert {name: getattr(fitted, name) for name in given_} == given_
 
 
@@ -170,11 +176,11 @@ def test_both_allocations_have_the_same_sum_of_capacities():
         classes = policy.classify(stats).demanding if policy.demanding_layers is None else (0, 3)
         uniform = AMSKV(
             100, 400, demanding_layers=policy.demanding_layers, allocation="uniform"
-        ).plan(VAR_256, 6, stats)
+        ).plan(cache_shape(VAR_256, 6), stats)
         each = (400 * len(classes) + 100 * (6 - len(classes))) // 6
         assert f"allocated uniformly: {each} tokens" in uniform.note
         assert len(set(uniform.rows)) == 1
-        assert uniform == AMSKV(each, each).plan(VAR_256, 6, stats)
+        assert uniform == AMSKV(each, each).plan(cache_shape(VAR_256, 6), stats)
 
 
 @pytest.mark.parametrize(
@@ -187,8 +193,16 @@ def test_both_allocations_have_the_same_sum_of_capacities():
         (lambda: AMSKV(allocation="fair"), "unknown allocation 'fair'"),
         (lambda: AMSKV(online=True, max_tokens=9), "decides while it draws"),
         (lambda: AMSKV(online=True, demanding_layers=(0,)), "decides while it draws"),
-        (lambda: AMSKV(online=True).plan(VAR_256, 4), "needs theta, or a calibration run"),
-        (lambda: AMSKV(c_min=9, max_tokens=9, allocation="uniform").plan(VAR_256, 4), "not both"),
+        (
+            lambda: AMSKV(online=True).plan(cache_shape(VAR_256, 4)),
+            "needs theta, or a calibration run",
+        ),
+        (
+            lambda: AMSKV(c_min=9, max_tokens=9, allocation="uniform").plan(
+                cache_shape(VAR_256, 4)
+            ),
+            "not both",
+        ),
     ],
 )
 def test_options_that_cannot_work_are_refused(make, message):
@@ -200,6 +214,6 @@ def test_statistics_of_another_model_are_refused():
     stats = random_stats(0, VAR_256, 4)
     for policy in (AMSKV(), AMSKV(target_saving=0.5), AMSKV(online=True)):
         with pytest.raises(AmskvError, match="of a model with 4 layers, this one has 5"):
-            policy.plan(VAR_256, 5, stats)
+            policy.plan(cache_shape(VAR_256, 5), stats)
         with pytest.raises(AmskvError, match="this one has 1, 2, 3, 4, 6, 9, 13, 18, 24, 32"):
-            policy.plan(VAR_512, 4, stats)
+            policy.plan(cache_shape(VAR_512, 4), stats)

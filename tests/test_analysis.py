@@ -80,7 +80,7 @@ def test_command_writes_pictures_and_numbers(amskv, stats, stats_file, tmp_path)
     kept = np.zeros((9, 10), int)
     for row in read(out / "kept_tokens.csv"):
         kept[int(row["layer"]), int(row["step"])] = row["kept_tokens"]
-    plan = AMSKV().plan(VAR_256, 9, stats)
+    plan = AMSKV().plan(stats.shape, stats)
     np.testing.assert_array_equal(kept, [row.kept_tokens for row in plan.rows])
 
 

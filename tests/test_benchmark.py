@@ -13,7 +13,9 @@ from amskv_jax.policies import Full
 from amskv_jax.sampling import TokenSampling
 from amskv_jax.testing import SCHEDULE, TINY_VAR
 
-SAMPLER = Sampler(TINY_VAR, Full().plan(SCHEDULE, 3), sampling=TokenSampling(top_k=1))
+SAMPLER = Sampler(
+    TINY_VAR, Full().plan(TINY_VAR.cache_shape(SCHEDULE)), sampling=TokenSampling(top_k=1)
+)
 
 
 def test_every_arm_has_a_process_of_its_own():

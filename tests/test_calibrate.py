@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from made_stats import cache_shape
 from reference_weights import GOLDEN, recipe_params
 
 from amskv_jax import calibrate as calibration
@@ -24,7 +25,7 @@ from amskv_jax.schedule import VAR_256, ScaleSchedule
 from amskv_jax.similarity import key_similarity
 from amskv_jax.testing import SCHEDULE, TINY_VAR, TOKENIZER, TRANSFORMER, sample
 
-PLAN = Full().plan(SCHEDULE, TRANSFORMER.depth)
+PLAN = Full().plan(TRANSFORMER.cache_shape)
 
 
 @pytest.fixture(scope="module")
@@ -218,12 +219,12 @@ def test_damaged_files_are_refused(stats, tmp_path):
 
 
 def test_another_model_cannot_use_them(stats, checkpoint):
-    stats.check(SCHEDULE, 3)
+    stats.check(cache_shape(SCHEDULE, 3, TRANSFORMER.num_heads))
     with pytest.raises(AmskvError, match="3 layers, this one has 4: calibrate this model"):
-        stats.check(SCHEDULE, 4)
+        stats.check(cache_shape(SCHEDULE, 4, TRANSFORMER.num_heads))
     other = ScaleSchedule.square((1, 2, 4))
     with pytest.raises(AmskvError, match="the scales 1, 2, 3, this one has 1, 2, 4"):
-        stats.check(other, 3)
+        stats.check(cache_shape(other, 3))
     with pytest.raises(AmskvError, match="another model"):
         load(checkpoint).sampler(AMSKV(), stats=stats)
 

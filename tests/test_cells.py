@@ -10,13 +10,13 @@ from amskv_jax.study.cells import SECTIONS, order_cells, study_arms
 
 @pytest.fixture(scope="module")
 def arms():
-    arms, impossible = study_arms(LARGE, make_stats(LARGE), "abcdefg")
+    arms, impossible = study_arms(LARGE.cache_shape, make_stats(LARGE), "abcdefg")
     assert not impossible
     return {arm.name: arm for arm in arms}
 
 
 def saving(arm):
-    report = memory_report(arm.plan, LARGE)
+    report = memory_report(arm.plan, LARGE.cache_shape)
     return report.saving(report.full)
 
 
@@ -55,14 +55,15 @@ def test_upside_down_gives_the_larger_capacity_to_as_many_other_layers(arms):
 
 def test_theta_sweep_covers_all_numbers_of_demanding_layers(arms):
     bytes_ = [
-        memory_report(arms[f"f/{count}-demanding-layers"].plan, LARGE).plan for count in range(7)
+        memory_report(arms[f"f/{count}-demanding-layers"].plan, LARGE.cache_shape).plan
+        for count in range(7)
     ]
     assert bytes_ == sorted(set(bytes_))
 
 
 def test_other_dtype_costs_twice_the_bytes(arms):
     full, other = arms["full/full"], arms["g/full-float32"]
-    sizes = [memory_report(arm.plan, LARGE, arm.dtype).plan for arm in (full, other)]
+    sizes = [memory_report(arm.plan, LARGE.cache_shape, arm.dtype).plan for arm in (full, other)]
     assert sizes[1] == 2 * sizes[0]
 
 
@@ -76,4 +77,4 @@ def test_important_cells_come_first(arms):
 
 def test_unknown_sections_are_refused():
     with pytest.raises(UsageError, match="unknown sections 'cx'"):
-        study_arms(LARGE, make_stats(LARGE), "cx")
+        study_arms(LARGE.cache_shape, make_stats(LARGE), "cx")

@@ -127,7 +127,7 @@ def test_plans_are_saved_read_again_and_drawn(amskv, checkpoint, tmp_path):
     assert (done.code, done.err) == (0, "")
     assert done.out.endswith(f"wrote {path}\nwrote {plot}\n")
     plan = RetentionPlan.load(path)
-    assert plan == Sink(1, 3).plan(SCHEDULE, SMALL.transformer.depth)
+    assert plan == Sink(1, 3).plan(SMALL.transformer.cache_shape)
     with Image.open(plot) as image:
         assert min(image.size) > 500
 

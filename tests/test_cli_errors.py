@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from made_stats import cache_shape
 from PIL import Image
 from reference_weights import recipe_state
 
@@ -167,7 +168,10 @@ def test_sample_policies_that_do_not_fit_the_model(sample):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (Full().plan(SCHEDULE, 4).to_json(), "the plan has 4 layers, the model 3"),
+        (
+            Full().plan(cache_shape(SCHEDULE, 4)).to_json(),
+            "plan has 4 layers, the model 3",
+        ),
         (json.dumps({"keep": [[[], [], [0]]] * 3}), "tokens 0:1 of scale 0, which were dropped"),
         ("{", "this is no retention plan"),
     ],
@@ -256,7 +260,7 @@ def test_plan(refused, checkpoint, tmp_path, monkeypatch):
 
 def test_plan_for_other_scales(refused, tmp_path):
     path = tmp_path / "plan.json"
-    path.write_text(Full().plan(SCHEDULE, 16).to_json())
+    path.write_text(Full().plan(cache_shape(SCHEDULE, 16)).to_json())
     expected = "was made for the scales 1, 2, 3; the model has 1, 2, 3, 4, 5"
     refused(1, "plan", "--model", "var-d16", "--plan", path, expect=expected)
 

@@ -1,5 +1,6 @@
 """Every policy's options on the command line: what they announce, and what they refuse."""
 
+import re
 import shlex
 from dataclasses import replace
 
@@ -48,6 +49,15 @@ def test_policies_announce_their_plans(plan, options, expected):
     done = plan(options)
     assert (done.code, done.err) == (0, "")
     assert expected in done.out
+
+
+def test_without_guidance_a_picture_has_one_row(plan):
+    guided, unguided = (plan(f"--policy ams --batch 2 {option}") for option in ("", "--cfg 0"))
+    assert "Key/value cache for 2 pictures, with guidance:" in guided.out
+    assert "for 2 pictures, without guidance (one row per picture):" in unguided.out
+    size = re.search(r"this plan +(\d.*?iB)", unguided.out)[1]
+    assert re.search(r"this plan +(\d.*?iB)", plan("--policy ams --batch 1 --cfg 3").out)[1] == size
+    assert re.search(r"this plan +(\d.*?iB)", guided.out)[1] != size
 
 
 def test_calibrated_policies_take_statistics(plan, stats):

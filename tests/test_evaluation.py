@@ -189,20 +189,20 @@ def test_damaged_pictures_are_reported(tmp_path):
 @pytest.mark.parametrize("saving", [0.5, 0.85])
 def test_policies_get_the_largest_budget_that_saves_enough(name, saving):
     stats = make_stats(LARGE)
-    policy = policy_for_saving(BUDGETED[name], saving, LARGE, stats)
-    report = memory_report(policy.plan(LARGE.schedule, LARGE.depth, stats), LARGE)
+    policy = policy_for_saving(BUDGETED[name], saving, LARGE.cache_shape, stats)
+    report = memory_report(policy.plan(LARGE.cache_shape, stats), LARGE.cache_shape)
     assert saving <= report.saving(report.full) < saving + 0.03
 
 
 def test_a_saving_out_of_reach_says_why():
     with pytest.raises(AmskvError, match=r"no budget saves 99\.9%.*protected scales need 5"):
-        policy_for_saving(BUDGETED["heads"], 0.999, LARGE, make_stats(LARGE))
+        policy_for_saving(BUDGETED["heads"], 0.999, LARGE.cache_shape, make_stats(LARGE))
 
 
 def test_requests_of_policies():
     assert PolicyRequest.parse(" ams:0.787") == PolicyRequest("ams", 0.787)
     assert str(PolicyRequest("ams", 0.787)) == "ams-78.7%"
-    assert PolicyRequest("window").policy(LARGE, None) == Window()
+    assert PolicyRequest("window").policy(LARGE.cache_shape, None) == Window()
     for text in ("full:0.5", "ams:most", "ams:1"):
         with pytest.raises(UsageError, match="expected a policy other than full and a saving"):
             PolicyRequest.parse(text)

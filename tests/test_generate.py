@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from made_stats import cache_shape
 from reference_weights import recipe_params
 
 from amskv_jax.attention import attend, choose_implementation
@@ -38,7 +39,7 @@ def params():
 
 
 def draw(params, policy=None, labels=LABELS, keys=KEYS, drawing=DRAWING, **options):
-    plan = (policy or Full()).plan(SCHEDULE, CONFIG.depth)
+    plan = (policy or Full()).plan(CONFIG.cache_shape)
     return sample(MODEL, plan, params, labels, keys, drawing, **options)
 
 
@@ -94,7 +95,7 @@ def test_bfloat16_follows_float32(params):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_lowers_for_every_platform(params, dtype):
-    plan = AMSKV(5, 9, 1).plan(SCHEDULE, CONFIG.depth)
+    plan = AMSKV(5, 9, 1).plan(CONFIG.cache_shape)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), params)
 
     def run(params, labels, key_data):
@@ -110,9 +111,9 @@ def test_lowers_for_every_platform(params, dtype):
 
 def test_parts_that_do_not_fit_are_refused():
     with pytest.raises(AmskvError, match="plan has 3 layers, the model 6"):
-        Sampler(MODEL, Full().plan(SCHEDULE, 3))
+        Sampler(MODEL, Full().plan(cache_shape(SCHEDULE, 3)))
     with pytest.raises(AmskvError, match="the plan's scales are"):
-        Sampler(MODEL, Full().plan(VAR_256, 6))
+        Sampler(MODEL, Full().plan(cache_shape(VAR_256, 6)))
     with pytest.raises(AmskvError, match="do not belong together: the transformer has 32 codes"):
         VARModel(CONFIG, VQVAEConfig(VAR_256))
 
@@ -147,7 +148,7 @@ def test_without_guidance_a_picture_has_one_row_and_the_same_tokens(params):
     drawing = Drawing(cfg=0.0, top_k=1, top_p=0.0)
     assert MODEL.guidance(drawing).rows_per_picture == 1
     alone = draw(params, AMSKV(5, 9, 1), drawing=drawing, trace=True)
-    plan = AMSKV(5, 9, 1).plan(SCHEDULE, CONFIG.depth)
+    plan = AMSKV(5, 9, 1).plan(CONFIG.cache_shape)
     paired = Sampler(MODEL, plan, Guidance(), TokenSampling(1), trace=True)
     guided = paired(params, LABELS, KEYS, MODEL.controls(SCHEDULE, drawing))
     np.testing.assert_array_equal(alone.tokens, guided.tokens)
@@ -170,7 +171,7 @@ def test_forced_codes_take_the_place_of_drawn_ones(params):
     free = draw(params, drawing=drawing)
     codes = jnp.flip(free.tokens[:, :5], axis=0)
     controls = force(MODEL.controls(SCHEDULE, drawing), codes, SCHEDULE)
-    plan = Full().plan(SCHEDULE, CONFIG.depth)
+    plan = Full().plan(CONFIG.cache_shape)
     sampler = Sampler(MODEL, plan, sampling=TokenSampling(1), trace=True)
     forced = sampler(params, LABELS, KEYS, controls)
     expected = jax.jit(partial(VQVAE(TOKENIZER).apply, method="tokens_to_latent", every_scale=True))

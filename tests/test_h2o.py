@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_stats import cache_shape
 from selecting_oracle import assert_reads, h2o_positions
 
 from amskv_jax.errors import AmskvError, UsageError
@@ -46,7 +47,7 @@ def test_heads_and_batch_rows_choose_for_themselves():
 
 
 def test_generation_keeps_what_the_oracle_keeps():
-    plan = H2O(6, recent=0.4).plan(SMALL, 3)
+    plan = H2O(6, recent=0.4).plan(cache_shape(SMALL, 3))
     records, scale = draw_records(plan)
     row = plan.rows[0]
     assert row.selector.recent == 2
@@ -70,14 +71,16 @@ def test_attention_mass_in_chunks(limit):
 @given(st.integers(0, 500), st.floats(0, 1))
 @settings(deadline=None)
 def test_counts_are_the_budget_or_everything(budget, recent):
-    plan = H2O(budget, recent).plan(VAR_256, 3)
+    plan = H2O(budget, recent).plan(cache_shape(VAR_256, 3))
     assert plan.rows[0].counts == tuple(min(budget, offset) for offset in VAR_256.offsets[:-1])
     assert 0 <= plan.rows[0].selector.recent <= budget
     assert RetentionPlan.from_json(plan.to_json()) == plan
 
 
 def test_default_budget_is_that_of_ams():
-    assert H2O().plan(VAR_256, 30).rows[0].capacity == default_budget(VAR_256, 30)
+    assert H2O().plan(cache_shape(VAR_256, 30)).rows[0].capacity == default_budget(
+        cache_shape(VAR_256, 30)
+    )
 
 
 @pytest.mark.parametrize(
@@ -106,6 +109,6 @@ def test_options_are_checked(make, message):
     ],
 )
 def test_impossible_rows_are_refused(keep, message):
-    row = {"selector": {"name": "heavy_hitters", "recent": 3}} | keep
+    row = {"kind": "selecting", "selector": {"name": "heavy_hitters", "recent": 3}} | keep
     with pytest.raises(AmskvError, match=message):
         RetentionPlan.from_keep(SMALL, [row])

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_stats import cache_shape
 
-from amskv_jax.cache.layout import CacheLayout
 from amskv_jax.errors import AmskvError, UsageError
 from amskv_jax.plan.memory import CacheGeometry, MemoryReport
 from amskv_jax.plan.retention import RetentionPlan
 from amskv_jax.plan.rows import HeadRow, StaticRow
 from amskv_jax.plan.stats import TOP_COUNTS, LayerStats
-from amskv_jax.policies import Full, Heads
+from amskv_jax.policies import Explicit, Full, Heads
 from amskv_jax.policies.heads import choose_blocks, head_mass, head_row
 from amskv_jax.schedule import VAR_256, ScaleSchedule
 from amskv_jax.testing import check_obeyed, draw_records, drive
@@ -77,7 +77,7 @@ def kept_by_oracle(stats, budget, protected):
 )
 def test_kept_scales_are_those_of_the_oracle(schedule, budget, protected):
     stats = make_stats(schedule, 3, 4)
-    plan = Heads(budget, protected, patterns=99).plan(schedule, 3, stats)
+    plan = Heads(budget, protected, patterns=99).plan(cache_shape(schedule, 3, 4), stats)
     oracle = kept_by_oracle(stats, budget, protected)
     found = {
         (layer, head): [{segment.scale for segment in step} for step in static.keep]
@@ -109,7 +109,7 @@ def test_choices_keep_budget_protection_and_patterns(heads, budget, protected, p
 
 def test_one_pattern_is_that_of_the_average_head():
     stats = make_stats(VAR_256, 4, 3)
-    plan = Heads(150, patterns=1).plan(VAR_256, 4, stats)
+    plan = Heads(150, patterns=1).plan(cache_shape(VAR_256, 4, 3), stats)
     mass = head_mass(stats.head_density).reshape(12, -1)
     tokens = np.array(VAR_256.tokens[:-1])
     expected = choose_blocks(mass.mean(0, keepdims=True), tokens, 150, 2, 1)[0]
@@ -121,19 +121,20 @@ def test_the_budget_is_the_mean_of_what_is_allocated():
     stats = make_stats(VAR_256, 8, 4)
     for budget in (5, 50, 200, 423):
         for patterns in (2, 8, 99):
-            plan = Heads(budget, patterns=patterns).plan(VAR_256, 8, stats)
+            plan = Heads(budget, patterns=patterns).plan(cache_shape(VAR_256, 8, 4), stats)
             slots = sum(row.head_slots(4) for row in plan.rows)
             assert 32 * budget - 256 < slots <= 32 * budget
 
 
 def test_everything_is_the_full_cache():
-    plan = Heads(424).plan(VAR_256, 2, make_stats(VAR_256, 2, 3))
-    assert [row.groups for row in plan.rows] == [{Full().plan(VAR_256, 1).rows[0]: (0, 1, 2)}] * 2
+    plan = Heads(424).plan(cache_shape(VAR_256, 2, 3), make_stats(VAR_256, 2, 3))
+    full = Full().plan(cache_shape(VAR_256, 1))
+    assert [row.groups for row in plan.rows] == [{full.rows[0]: (0, 1, 2)}] * 2
 
 
 def test_every_head_attends_to_its_own_scales():
     stats = make_stats(OBLONG, 1, 5, seed=3)
-    plan = Heads(14, 1, patterns=3).plan(OBLONG, 1, stats)
+    plan = Heads(14, 1, patterns=3).plan(cache_shape(OBLONG, 1, 5), stats)
     row = plan.rows[0]
     groups = list(row.groups.values())
     assert len(groups) > 1
@@ -142,14 +143,14 @@ def test_every_head_attends_to_its_own_scales():
 
 
 def test_generation_obeys_the_plan():
-    plan = Heads(7, 1).plan(SMALL, 3, make_stats(SMALL, 3, 2))
+    plan = Heads(7, 1).plan(cache_shape(SMALL, 3, 2), make_stats(SMALL, 3, 2))
     assert len(set(plan.rows)) > 1
     records, scale = draw_records(plan)
     check_obeyed(plan, records, scale, 1e-5)
 
 
 def test_plan_files_name_every_pattern_once():
-    plan = Heads(150).plan(VAR_256, 4, make_stats(VAR_256, 4, 3))
+    plan = Heads(150).plan(cache_shape(VAR_256, 4, 3), make_stats(VAR_256, 4, 3))
     assert RetentionPlan.from_json(plan.to_json()) == plan
 
 
@@ -165,15 +166,22 @@ def plan_of(heads):
     return RetentionPlan(SMALL, (HeadRow(heads),))
 
 
-def test_plans_for_another_number_of_heads_are_refused():
-    plan = Heads(7).plan(SMALL, 2, make_stats(SMALL, 2, 3))
+def test_plans_for_another_number_of_heads_are_refused(tmp_path):
+    plan = Heads(7).plan(cache_shape(SMALL, 2, 3), make_stats(SMALL, 2, 3))
     message = "is for 3 heads a layer, the model has 2: make one from this model's calibration"
     with pytest.raises(AmskvError, match=message):
         draw_records(plan)
     with pytest.raises(AmskvError, match=message):
         MemoryReport.of(plan, CacheGeometry(2, 2, 8))
     with pytest.raises(AmskvError, match=message):
-        CacheLayout.of(plan).init(2, 2, 8, "float32")
+        plan.check(cache_shape(SMALL, 2, 2))
+    path = tmp_path / "plan.json"
+    path.write_text(plan.to_json())
+    assert Explicit(str(path)).plan(cache_shape(SMALL, 2, 3)) == plan
+    with pytest.raises(AmskvError, match=rf"plan\.json: .*{message}"):
+        Explicit(str(path)).plan(cache_shape(SMALL, 2, 2))
+    with pytest.raises(AmskvError, match="a model with 3 heads a layer, this one has 2: calibrate"):
+        Heads(7).plan(cache_shape(SMALL, 2, 2), make_stats(SMALL, 2, 3))
 
 
 @pytest.mark.parametrize(
@@ -182,17 +190,17 @@ def test_plans_for_another_number_of_heads_are_refused():
         (lambda: Heads(-1), "budget must be 0 or more tokens, not -1"),
         (lambda: Heads(protected=-1), "protected must be 0 or more scales, not -1"),
         (lambda: Heads(patterns=0), "patterns must be 1 or more, not 0"),
-        (lambda: Heads(7).plan(SMALL, 2), "needs the attention of a calibration run"),
+        (lambda: Heads(7).plan(cache_shape(SMALL, 2)), "needs the attention of a calibration run"),
         (
-            lambda: Heads(4).plan(SMALL, 2, make_stats(SMALL, 2, 2)),
+            lambda: Heads(4).plan(cache_shape(SMALL, 2, 2), make_stats(SMALL, 2, 2)),
             "budget is 4 tokens, but the 2 protected scales need 5: raise the budget",
         ),
         (
-            lambda: Heads(7).plan(SMALL, 3, make_stats(SMALL, 2, 2)),
+            lambda: Heads(7).plan(cache_shape(SMALL, 3, 2), make_stats(SMALL, 2, 2)),
             "statistics are of a model with 2 layers, this one has 3",
         ),
         (
-            lambda: Heads(7).plan(SMALL, 2, make_stats(OBLONG, 2, 2)),
+            lambda: Heads(7).plan(cache_shape(SMALL, 2, 2), make_stats(OBLONG, 2, 2)),
             "statistics are of a model with the scales 1, 2x3",
         ),
         (lambda: plan_of(()), "layer 0 of the retention plan has no heads"),
@@ -201,7 +209,9 @@ def test_plans_for_another_number_of_heads_are_refused():
             "layer 0, head 1, step 1 .* scale 1, which is not an earlier scale",
         ),
         (
-            lambda: RetentionPlan.from_keep(SMALL, [{"rows": [[[], [], [], []]], "heads": [1]}]),
+            lambda: RetentionPlan.from_keep(
+                SMALL, [{"kind": "heads", "rows": [[[], [], [], []]], "heads": [1]}]
+            ),
             "layer 0 of the retention plan: expected",
         ),
     ],

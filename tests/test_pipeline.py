@@ -57,7 +57,7 @@ def test_labels_may_be_any_sequence_and_do_not_compile_again(pipe):
 
 def test_the_functional_layer_alone_gives_the_same(pipe):
     """What the README shows: a plan, a sampler, weights, and no pipeline."""
-    plan = AMSKV().plan(TRANSFORMER.schedule, TRANSFORMER.depth)
+    plan = AMSKV().plan(TRANSFORMER.cache_shape)
     sampler = Sampler(TINY_VAR, plan, sampling=TokenSampling(top_k=20, top_p=0.9))
     expected = pipe.sample([2, 9], key=KEY, policy=AMSKV(), top_k=20, top_p=0.9)
     controls = TINY_VAR.controls(SCHEDULE, Drawing(cfg=1.5))
@@ -71,7 +71,7 @@ def test_the_functional_layer_alone_gives_the_same(pipe):
 def test_policies_decide_what_the_sampler_keeps(pipe, policy):
     drawing = Drawing(top_k=5, top_p=0.5, more_smooth=True)
     sampler = pipe.sampler(policy, drawing, attention="xla")
-    assert sampler.plan == policy.plan(SCHEDULE, TRANSFORMER.depth)
+    assert sampler.plan == policy.plan(TRANSFORMER.cache_shape)
     assert sampler.sampling == TokenSampling(5, 0.5, more_smooth=True)
     assert sampler.attention == "xla"
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_stats import cache_shape
 
 from amskv_jax.cache.layout import CacheLayout
 from amskv_jax.cache.static import StaticSlots
@@ -101,36 +102,36 @@ def test_impossible_plans_are_refused(keep, message):
 def test_plan_files(tmp_path):
     path = tmp_path / "plan.json"
     with pytest.raises(AmskvError, match="cannot read the retention plan"):
-        Explicit(str(path)).plan(SMALL, 2)
+        Explicit(str(path)).plan(cache_shape(SMALL, 2))
     path.write_text("{}")
     with pytest.raises(AmskvError, match="no retention plan"):
-        Explicit(str(path)).plan(SMALL, 2)
-    path.write_text(Full().plan(SMALL, 2).to_json())
-    assert Explicit(str(path)).plan(SMALL, 2) == Full().plan(SMALL, 2)
+        Explicit(str(path)).plan(cache_shape(SMALL, 2))
+    path.write_text(Full().plan(cache_shape(SMALL, 2)).to_json())
+    assert Explicit(str(path)).plan(cache_shape(SMALL, 2)) == Full().plan(cache_shape(SMALL, 2))
     with pytest.raises(AmskvError, match="has 2 layers, the model 3"):
-        Explicit(str(path)).plan(SMALL, 3)
+        Explicit(str(path)).plan(cache_shape(SMALL, 3))
     with pytest.raises(AmskvError, match="was made for the scales 1, 2, 3, 4; the model has"):
-        Explicit(str(path)).plan(VAR_256, 2)
+        Explicit(str(path)).plan(cache_shape(VAR_256, 2))
     path.write_text('{"keep": [[[]]]}')
     with pytest.raises(AmskvError, match="names no schedule"):
         RetentionPlan.load(path)
 
 
 def test_window_and_sink_cut_inside_a_scale():
-    window = Window(6).plan(SMALL, 1).rows[0]
+    window = Window(6).plan(cache_shape(SMALL, 1)).rows[0]
     assert window.keep[3] == ((2, 3, 9),)
     assert window.kept_tokens == (0, 1, 5, 6)
-    sink = Sink(2, 3).plan(SMALL, 1).rows[0]
+    sink = Sink(2, 3).plan(cache_shape(SMALL, 1)).rows[0]
     assert sink.keep[3] == ((0, 0, 1), (1, 0, 1), (2, 6, 9))
     assert sink.kept_tokens == (0, 1, 5, 5)
 
 
 def test_ams_takes_layers_and_says_when_they_are_a_default():
-    plan = AMSKV(5, 10, 1, demanding_layers=(1,)).plan(SMALL, 2)
+    plan = AMSKV(5, 10, 1, demanding_layers=(1,)).plan(cache_shape(SMALL, 2))
     assert [[segment.scale for segment in row.keep[3]] for row in plan.rows] == [[0, 1], [0, 2]]
     assert "not by measurement" not in plan.note
-    assert "not by measurement" in AMSKV().plan(VAR_256, 30).note
-    capacities = [row.capacity for row in AMSKV().plan(VAR_256, 30).rows]
+    assert "not by measurement" in AMSKV().plan(cache_shape(VAR_256, 30)).note
+    capacities = [row.capacity for row in AMSKV().plan(cache_shape(VAR_256, 30)).rows]
     assert capacities == [338] * 10 + [174] * 20
 
 
@@ -138,16 +139,19 @@ def test_ams_takes_layers_and_says_when_they_are_a_default():
     ("make", "message"),
     [
         (lambda: AMSKV(c_min=10, c_max=9), r"C_max \(9 tokens\) is below C_min \(10\)"),
-        (lambda: AMSKV(c_min=400).plan(VAR_256, 2), None),
+        (lambda: AMSKV(c_min=400).plan(cache_shape(VAR_256, 2)), None),
         (lambda: AMSKV(c_min=-1), "C_min must be 0 or more"),
         (lambda: AMSKV(condensed=-1), "condensed must be 0 or more"),
-        (lambda: AMSKV(c_min=3, condensed=2).plan(VAR_256, 2), "condensed scales need 5"),
         (
-            lambda: AMSKV(demanding_layers=(0, 7)).plan(VAR_256, 4),
+            lambda: AMSKV(c_min=3, condensed=2).plan(cache_shape(VAR_256, 2)),
+            "condensed scales need 5",
+        ),
+        (
+            lambda: AMSKV(demanding_layers=(0, 7)).plan(cache_shape(VAR_256, 4)),
             r"\[7\]: the model has layers 0-3",
         ),
         (lambda: AMSKV(demanding_layers=(0,), theta=1.0), "not both"),
-        (lambda: AMSKV(theta=1.0).plan(VAR_256, 4), "calibration"),
+        (lambda: AMSKV(theta=1.0).plan(cache_shape(VAR_256, 4)), "calibration"),
         (lambda: Window(-1), "window must be 0 or more"),
         (lambda: Sink(-1), "sink must be 0 or more"),
         (lambda: policy_class("best"), "unknown policy 'best': expected full, ams"),
@@ -163,21 +167,21 @@ def test_policy_options_are_checked(make, message):
 
 def test_memory_arithmetic_of_the_published_models():
     d30 = CacheGeometry(rows=128, num_heads=30, head_dim=64)
-    report = MemoryReport.of(Full().plan(VAR_256, 30), d30)
+    report = MemoryReport.of(Full().plan(cache_shape(VAR_256, 30)), d30)
     assert round(report.full / GIB, 2) == 18.68
     assert report.plan == report.stored
     assert round(report.saving(report.full), 3) == 0.376
     assert report.reference == report.full * 3 // 2
-    d36 = MemoryReport.of(Full().plan(VAR_512, 36), CacheGeometry(128, 36, 64))
+    d36 = MemoryReport.of(Full().plan(cache_shape(VAR_512, 36)), CacheGeometry(128, 36, 64))
     assert round(d36.full / GIB, 2) == 88.59
     assert round(d36.saving(d36.full), 3) == 0.457
-    ams = MemoryReport.of(AMSKV().plan(VAR_256, 30), d30)
+    ams = MemoryReport.of(AMSKV().plan(cache_shape(VAR_256, 30)), d30)
     assert round(ams.plan / GIB, 2) == 6.28
 
 
 @pytest.mark.parametrize("policy", [Full(), AMSKV(), Window(7), Sink(2, 3)])
 def test_allocated_bytes_are_the_announced_ones(policy):
-    plan = policy.plan(SMALL, 3)
+    plan = policy.plan(cache_shape(SMALL, 3))
     geometry = CacheGeometry(rows=4, num_heads=2, head_dim=8, itemsize=4)
     caches = CacheLayout.of(plan).init(4, 2, 8, jnp.float32)
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(caches)) == (

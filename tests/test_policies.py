@@ -117,7 +117,7 @@ def test_all_policies_are_in_the_matrix():
 @pytest.mark.parametrize("name", CASES)
 def test_every_policy_obeys_its_plan_in_the_announced_bytes(name, model, budget, dtype, policies):
     config = MODELS[model]
-    plan = policies[name][budget].plan(SCHEDULE, config.depth, stats())
+    plan = policies[name][budget].plan(config.cache_shape, stats())
     samples = draw(plan, model, dtype)
     assert samples.tokens.shape == (2, SCHEDULE.total)
     assert np.isfinite(samples.logits).all()
@@ -125,12 +125,12 @@ def test_every_policy_obeys_its_plan_in_the_announced_bytes(name, model, budget,
     check_obeyed(plan, layer_records(samples.observed), config.attention_scale, DTYPES[dtype])
 
     caches = CacheLayout.of(plan).init(4, config.num_heads, config.head_dim, dtype)
-    geometry = CacheGeometry.of(config.num_heads, config.head_dim, 2, dtype)
+    geometry = CacheGeometry.of(config.cache_shape, 2, dtype)
     # The online variant also has a few flags per layer.
     buffers = [leaf for leaf in jax.tree.leaves(caches) if leaf.dtype != bool]
     assert sum(leaf.nbytes for leaf in buffers) == MemoryReport.of(plan, geometry).plan
 
-    full = draw(Full().plan(SCHEDULE, config.depth), model, dtype)
+    full = draw(Full().plan(config.cache_shape), model, dtype)
     if name == "full" or budget == "everything":
         if dtype == "float32":
             np.testing.assert_array_equal(samples.tokens, full.tokens)
@@ -145,7 +145,7 @@ def test_every_policy_compiles_once_and_gives_the_same(number, policies):
     weights = params(model, "float32")
 
     def sampler():
-        plan = policies[name]["middle"].plan(SCHEDULE, MODELS[model].depth, stats())
+        plan = policies[name]["middle"].plan(MODELS[model].cache_shape, stats())
         return make_sampler(plan, model, "float32")
 
     compiled = Sampler.__call__._cache_size()
@@ -164,11 +164,11 @@ def many_layers():
     schedule = ScaleSchedule.square((1, 2, 3, 4, 5, 6))
     config = VARConfig(24, 32, 2, schedule, 5, 32, 8)
     tokenizer = VQVAEConfig(schedule, 32, 8, 32, (1, 1), 1)
-    geometry = CacheGeometry.of(2, 16, 8, "float32")
+    geometry = CacheGeometry.of(config.cache_shape, 8, "float32")
     shapes = jax.eval_shape(lambda: random_params(ModelConfig("", "", config, tokenizer)))
 
     def measure(policy):
-        plan = policy.plan(schedule, config.depth)
+        plan = policy.plan(config.cache_shape)
         model = VARModel(config, tokenizer)
         sampler = Sampler(model, plan, sampling=TokenSampling(top_k=1))
         keys = jax.eval_shape(lambda: picture_keys(jax.random.key(0), 8))

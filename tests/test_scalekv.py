@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from made_stats import cache_shape
 from reference_weights import GOLDEN
 from selecting_oracle import assert_reads, observing_tokens, scalekv_positions
 
@@ -70,7 +71,7 @@ def test_reference_mode_keeps_what_the_public_code_keeps(golden, layer, scale):
 
 
 def test_published_budgets_give_the_public_codes_cache_sizes(golden):
-    plan = ScaleKV(budget_file=BUDGETS, mode="reference").plan(INFINITY, 32)
+    plan = ScaleKV(budget_file=BUDGETS, mode="reference").plan(cache_shape(INFINITY, 32))
     for number, layer in enumerate(LAYERS):
         # The last call of the public code prunes a cache that nobody reads.
         assert plan.rows[layer].counts == (0, *golden["kept"][number, :-1])
@@ -112,7 +113,7 @@ def test_heads_and_batch_rows_choose_for_themselves():
 
 
 def test_generation_keeps_what_the_oracle_keeps():
-    plan = ScaleKV(7).plan(SMALL, 3)
+    plan = ScaleKV(7).plan(cache_shape(SMALL, 3))
     records, scale = draw_records(plan)
     for row, record in zip(plan.rows, records, strict=True):
         options = {"window": row.selector.window, "kernel": 5, "mode": "paper"}
@@ -158,7 +159,7 @@ def test_every_scale_gets_the_mean_budget(schedule, budget, layers, seed):
 @given(schedules(), st.integers(0, 90), st.integers(1, 5))
 @settings(deadline=None)
 def test_every_budget_has_a_window_that_fits(schedule, budget, layers):
-    plan = ScaleKV(budget).plan(schedule, layers)
+    plan = ScaleKV(budget).plan(cache_shape(schedule, layers))
     counts = np.array([row.counts for row in plan.rows])
     window = plan.rows[0].selector.window
     assert window in (1, 4, 9, 16)
@@ -195,7 +196,7 @@ def test_drafters_are_the_layers_of_least_selectivity():
     random = np.random.default_rng(0)
     own, history = random.random((2, 8, 10))
     policy = ScaleKV(60, drafters=0.2)
-    plan = policy.plan(VAR_256, 8, make_stats(own, history))
+    plan = policy.plan(cache_shape(VAR_256, 8), make_stats(own, history))
     compressed = [6, 7, 8, 9]  # the scales which find more than 60 tokens
     index = (own * history)[:, compressed]
     scores = sorted(
@@ -209,7 +210,7 @@ def test_drafters_are_the_layers_of_least_selectivity():
     expected = allocate(VAR_256, 60, drafters, (0.92, 0.49))
     np.testing.assert_array_equal([row.counts for row in plan.rows], expected)
     assert "6 of 32 layer-scale pairs, by selectivity" in plan.note
-    assert "not by measurement" in policy.plan(VAR_256, 8).note
+    assert "not by measurement" in policy.plan(cache_shape(VAR_256, 8)).note
 
 
 # Options and files
@@ -236,14 +237,14 @@ def write_budgets(path, change):
 def test_budget_files_that_do_not_fit_are_refused(tmp_path, change, layers, message):
     path = write_budgets(tmp_path / "budget.json", change)
     with pytest.raises(AmskvError, match=message):
-        ScaleKV(budget_file=path, window=16).plan(INFINITY, layers)
+        ScaleKV(budget_file=path, window=16).plan(cache_shape(INFINITY, layers))
 
 
 def test_budget_files_must_be_there_and_for_the_schedule(tmp_path):
     with pytest.raises(AmskvError, match="cannot read the budget file"):
         published_counts(str(tmp_path / "no.json"), INFINITY, 32)
     with pytest.raises(AmskvError, match=r"has budgets for scale 11, but the schedule has .* 1-10"):
-        ScaleKV(budget_file=BUDGETS).plan(VAR_256, 32)
+        ScaleKV(budget_file=BUDGETS).plan(cache_shape(VAR_256, 32))
 
 
 @pytest.mark.parametrize(
@@ -278,14 +279,14 @@ def test_options_are_checked(options, message):
 )
 def test_windows_that_do_not_fit_are_refused(schedule, options, message):
     with pytest.raises(AmskvError, match=message):
-        ScaleKV(**options).plan(schedule, 16)
+        ScaleKV(**options).plan(cache_shape(schedule, 16))
 
 
 def test_statistics_that_do_not_fit_are_refused():
     stats = make_stats(np.ones((8, 10)), np.ones((8, 10)))
     with pytest.raises(AmskvError, match="statistics are of a model with 8 layers, this one has 9"):
-        ScaleKV(60).plan(VAR_256, 9, stats)
+        ScaleKV(60).plan(cache_shape(VAR_256, 9), stats)
     with pytest.raises(AmskvError, match="statistics are of a model with the scales"):
-        ScaleKV(60).plan(INFINITY, 8, stats)
+        ScaleKV(60).plan(cache_shape(INFINITY, 8), stats)
     with pytest.raises(UsageError, match="the 3 top tokens was not measured: expected 1, 4, 16"):
-        ScaleKV(60, top=3).plan(VAR_256, 8, stats)
+        ScaleKV(60, top=3).plan(cache_shape(VAR_256, 8), stats)

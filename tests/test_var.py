@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from made_stats import cache_shape
 from reference_weights import GOLDEN, recipe_params
 
 from amskv_jax.generate import picture_keys
@@ -82,7 +83,7 @@ def test_teacher_forced_logits(model):
 
 def test_greedy_generation(model):
     golden, config, tokenizer, params = model
-    plan = Full().plan(config.schedule, config.depth)
+    plan = Full().plan(config.cache_shape)
     out = greedy(config, tokenizer, params, plan, golden["labels"])
     np.testing.assert_array_equal(out.tokens, golden["ar_tokens"])
     logits = np.asarray(out.logits)
@@ -135,7 +136,7 @@ def test_cached_generation_equals_the_teacher_forced_pass_on_any_grid():
     tokenizer = VQVAEConfig(schedule, 16, 8, 32, (1, 1), 1)
     params = {"transformer": recipe_params(config), "tokenizer": recipe_params(tokenizer)}
     labels = jnp.array([0, 4, 2])
-    plan = Full().plan(schedule, 3)
+    plan = Full().plan(cache_shape(schedule, 3))
     out = greedy(config, tokenizer, params, plan, labels)
     chex.assert_shape(out.tokens, (3, schedule.total))
     chex.assert_shape(out.latents, (4, 3, 3, 4, 8))

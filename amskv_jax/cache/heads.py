@@ -9,7 +9,7 @@ import numpy as np
 from amskv_jax.attention import Implementation
 from amskv_jax.cache.static import StaticSlots
 from amskv_jax.cache.store import KVCache
-from amskv_jax.plan.rows import HeadRow, check_heads
+from amskv_jax.plan.rows import HeadRow
 from amskv_jax.schedule import ScaleSchedule
 
 
@@ -35,7 +35,6 @@ class HeadSlots:
         self, layers: int, rows: int, num_heads: int, head_dim: int, dtype: jax.typing.DTypeLike
     ) -> tuple[KVCache, ...]:
         """Return empty buffers, one entry per set of heads."""
-        check_heads(sum(map(len, self.heads)), num_heads)
         return tuple(
             group.init(layers, rows, len(heads), head_dim, dtype)
             for group, heads in zip(self.groups, self.heads, strict=True)

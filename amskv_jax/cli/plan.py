@@ -8,7 +8,7 @@ import typer
 from amskv_jax.checkpoints.embedded import find_checkpoint
 from amskv_jax.cli.console import print_line, progress
 from amskv_jax.cli.files import check_outputs, check_suffix
-from amskv_jax.cli.options import Dtype, ForceOption, StatsOption
+from amskv_jax.cli.options import Dtype, ForceOption, StatsOption, check_finite
 from amskv_jax.cli.policy import WithinBytes, plan_for, takes_policy
 from amskv_jax.errors import UsageError
 from amskv_jax.files import replacing
@@ -35,6 +35,13 @@ def plan(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Pictures generated at once.")] = 1,
     dtype: Annotated[Dtype, typer.Option(help="Type of the cache.")] = Dtype.BFLOAT16,
+    cfg: Annotated[
+        float | None,
+        typer.Option(
+            help="Guidance strength; 0 is none, so that a picture has one row in place of two.",
+            callback=check_finite,
+        ),
+    ] = None,
     stats: StatsOption = None,
     save: Annotated[Path | None, typer.Option(help="Write the plan here (.json).")] = None,
     plot: Annotated[
@@ -53,20 +60,20 @@ def plan(
     from amskv_jax.reports.plots import save_plan_plot  # noqa: PLC0415
 
     config, fingerprint = _model(model, checkpoint)
-    shape = config.schedule, config.depth
+    shape, rows = config.cache_shape, 1 if cfg == 0 else 2
     statistics = LayerStats.load(stats, fingerprint) if stats else None
-    made = plan_for(policy, config, batch, dtype.value, statistics)
+    made = plan_for(policy, shape, batch, dtype.value, statistics, rows)
     plans = {"this plan": made}
     if policy != AMSKV():
-        plans = {"AMS-KV with its defaults": AMSKV().plan(*shape)} | plans
+        plans = {"AMS-KV with its defaults": AMSKV().plan(shape)} | plans
     print_plan(made)
-    print_memory(plans, config, batch, dtype.value)
+    print_memory(plans, shape, batch, dtype.value, rows)
     if save:
         with replacing(save) as temporary:
             temporary.write_text(made.to_json(), encoding="utf-8")
         print_line(f"wrote {save}")
     if plot:
-        full = Full().plan(*shape)
+        full = Full().plan(shape)
         with progress("drawing"), replacing(plot) as temporary:
             title = made.note.partition(";")[0]
             save_plan_plot({full.note: full, title: made}, temporary)

@@ -17,8 +17,8 @@ from amskv_jax.cli.options import parse_numbers
 from amskv_jax.errors import UsageError
 
 if TYPE_CHECKING:
-    from amskv_jax.models.var.config import VARConfig
     from amskv_jax.plan.retention import RetentionPlan
+    from amskv_jax.plan.shape import CacheShape
     from amskv_jax.plan.stats import LayerStats
     from amskv_jax.policies import AMSKV, Policy
 
@@ -190,19 +190,21 @@ def choose_policy(name: str | None, options: dict[str, Any]) -> "Policy | Within
 
 def plan_for(
     policy: "Policy | WithinBytes",
-    config: "VARConfig",
+    shape: "CacheShape",
     batch: int,
     dtype: str,
     stats: "LayerStats | None" = None,
+    rows_per_picture: int = 2,
 ) -> "RetentionPlan":
     """Return the plan of a policy for a model.
 
     Args:
       policy: what ``choose_policy`` returned.
-      config: the model.
+      shape: of the model's cache.
       batch: pictures drawn at once.
       dtype: "float32" or "bfloat16", of the cache.
       stats: see ``Policy.plan``.
+      rows_per_picture: see ``CacheGeometry.of``.
 
     Raises:
       AmskvError: if the policy's options do not fit the model.
@@ -210,10 +212,10 @@ def plan_for(
     from amskv_jax.plan.memory import CacheGeometry  # noqa: PLC0415
 
     if isinstance(policy, WithinBytes):
-        geometry = CacheGeometry.of(config.num_heads, config.head_dim, batch, dtype)
+        geometry = CacheGeometry.of(shape, batch, dtype, rows_per_picture)
         max_tokens = geometry.tokens(policy.max_bytes)
         policy = dataclasses.replace(policy.policy, max_tokens=max_tokens)
-    return policy.plan(config.schedule, config.depth, stats)
+    return policy.plan(shape, stats)
 
 
 def parse_bytes(text: str, option: str) -> int:

@@ -125,7 +125,7 @@ def sample(
         drawing = replace(drawing, cfg=cfg)
     if compare and policy == Full():
         policy = AMSKV()
-    shape = info.model.transformer
+    shape = pipe.shape
     plan = plan_for(policy, shape, batch, pipe.dtype, statistics)
     plans = {plan.note.partition(":")[0]: plan}
     if compare:
@@ -142,7 +142,7 @@ def sample(
     with progress("loading weights"):
         pipe = load(place, pipe.dtype)
     captions = conditions.captions(pipe.classes)
-    geometry = CacheGeometry.of(shape.num_heads, shape.head_dim, batch, pipe.dtype)
+    geometry = CacheGeometry.of(shape, batch, pipe.dtype)
     panels = {}
     for name, sampler in samplers.items():
         tokens, pictures, seconds = _draw(pipe, sampler, conditions, drawing, seed, batch)

@@ -115,7 +115,7 @@ def evaluate(
         model.drawing, cfg=evaluation.cfg, top_k=evaluation.top_k, top_p=evaluation.top_p
     )
     conditions = model.conditions(None)
-    shape = model.schedule, model.shape.num_layers
+    shape = model.shape
     if stats is None and any(request.needs_stats for request in requests):
         stats = load_or_calibrate(
             directory / "stats.npz",
@@ -125,9 +125,7 @@ def evaluate(
             lambda line: update(line, 0.0),
         )
     labels = conditions.classes(np.arange(evaluation.num))
-    plans = [
-        request.policy(model.model.transformer, stats).plan(*shape, stats) for request in requests
-    ]
+    plans = [request.policy(shape, stats).plan(shape, stats) for request in requests]
     for request, plan in zip(requests, plans, strict=True):
         name = str(request)
         if name in results.records:
@@ -145,7 +143,7 @@ def evaluate(
         seconds = time.monotonic() - start
         update(f"measuring {name}", 1.0)
         originals = read_arrays(directory / "full.npz").get("arr_0") if name != "full" else None
-        report = memory_report(plan, model.model.transformer, model.dtype)
+        report = memory_report(plan, shape, model.dtype)
         record: Record = {
             "name": name,
             "note": plan.note,

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from amskv_jax.plan.retention import RetentionPlan
+from amskv_jax.plan.shape import CacheShape
 
 
 @dataclass(frozen=True)
@@ -10,7 +11,7 @@ class CacheGeometry:
     """What a cached token costs.
 
     Attributes:
-      rows: batch rows: twice the pictures, as guidance carries an unconditional row for each.
+      rows: batch rows: one per picture, or two with guidance, which adds an unconditional one.
       num_heads: attention heads.
       head_dim: channels per head.
       itemsize: bytes of one cached number (2 for bfloat16).
@@ -22,9 +23,19 @@ class CacheGeometry:
     itemsize: int = 2
 
     @classmethod
-    def of(cls, num_heads: int, head_dim: int, pictures: int, dtype: str) -> "CacheGeometry":
-        """Return the geometry of a batch with guidance; ``dtype`` is "float32" or "bfloat16"."""
-        return cls(2 * pictures, num_heads, head_dim, {"float32": 4, "bfloat16": 2}[dtype])
+    def of(
+        cls, shape: CacheShape, pictures: int, dtype: str, rows_per_picture: int = 2
+    ) -> "CacheGeometry":
+        """Return the geometry of a batch.
+
+        Args:
+          shape: of the model's cache.
+          pictures: drawn at once.
+          dtype: "float32" or "bfloat16".
+          rows_per_picture: 2 with guidance, 1 without; see ``guidance.Guidance``.
+        """
+        itemsize = {"float32": 4, "bfloat16": 2}[dtype]
+        return cls(rows_per_picture * pictures, shape.num_heads, shape.head_dim, itemsize)
 
     def bytes(self, head_slots: int, scores: int = 0) -> int:
         """Return the bytes of keys and values in ``head_slots`` slots of one head, all rows.

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from amskv_jax.errors import AmskvError
 from amskv_jax.plan.rows import HeadRow, Row, StaticRow
 from amskv_jax.plan.runtime_rows import OnlineRow, SelectingRow
+from amskv_jax.plan.shape import CacheShape
 from amskv_jax.schedule import ScaleSchedule
 
 FORMAT = "amskv_jax.retention_plan"
@@ -58,6 +59,17 @@ class RetentionPlan:
             if row not in checked:
                 row.check(self.schedule, f"layer {layer}")
                 checked.add(row)
+
+    def check(self, shape: CacheShape) -> None:
+        """Raise AmskvError unless the plan is for a cache of this shape."""
+        if self.schedule != shape.schedule:
+            raise AmskvError(f"the plan's scales are {self.schedule}, the model's {shape.schedule}")
+        if self.num_layers != shape.num_layers:
+            raise AmskvError(
+                f"the retention plan has {self.num_layers} layers, the model {shape.num_layers}"
+            )
+        for row in layers_by_row(self):
+            row.head_slots(shape.num_heads)  # raises where the heads are other ones
 
     @property
     def num_layers(self) -> int:

@@ -209,7 +209,7 @@ class Row(Protocol):
         ...
 
     def head_slots(self, num_heads: int) -> int:
-        """Return the slots of all heads together."""
+        """Return the slots of all heads; raises AmskvError if the row is for another number."""
         ...
 
     def scores(self, num_heads: int) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 
 from amskv_jax.errors import AmskvError, UsageError
 from amskv_jax.files import replacing
+from amskv_jax.plan.shape import CacheShape
 from amskv_jax.schedule import ScaleSchedule
 
 FORMAT = "amskv_jax.layer_stats"
@@ -86,6 +87,14 @@ class LayerStats:
         return len(self.similarity)
 
     @property
+    def shape(self) -> CacheShape:
+        """The model's cache as plans see it; its channels per head are not known, and given as 1.
+
+        Tokens can be planned with it, but bytes can not.
+        """
+        return CacheShape(self.schedule, self.num_layers, self.head_density.shape[1], 1)
+
+    @property
     def density(self) -> np.ndarray:
         """``head_density`` averaged over the heads, [layers, S, S]."""
         return self.head_density.mean(1)
@@ -114,26 +123,27 @@ class LayerStats:
         own = np.diagonal(self.density, axis1=1, axis2=2)
         return own * self.history_top[:, :, self.top_counts.index(top)]
 
-    def check(
-        self, schedule: ScaleSchedule, num_layers: int, fingerprint: str | None = None
-    ) -> None:
+    def check(self, shape: CacheShape, fingerprint: str | None = None) -> None:
         """Raise AmskvError unless the statistics are of this model.
 
         Args:
-          schedule: the model's scales.
-          num_layers: layers of the model.
+          shape: of the model's cache; its channels per head do not matter.
           fingerprint: of its weights; None if they do not matter.
         """
-        if self.schedule != schedule:
+        if self.schedule != shape.schedule:
             raise AmskvError(
                 f"the layer statistics are of a model with the scales {self.schedule}, "
-                f"this one has {schedule}: calibrate this model"
+                f"this one has {shape.schedule}: calibrate this model"
             )
-        if self.num_layers != num_layers:
-            raise AmskvError(
-                f"the layer statistics are of a model with {self.num_layers} layers, "
-                f"this one has {num_layers}: calibrate this model"
-            )
+        for what, own, other in (
+            ("layers", self.num_layers, shape.num_layers),
+            ("heads a layer", self.shape.num_heads, shape.num_heads),
+        ):
+            if own != other:
+                raise AmskvError(
+                    f"the layer statistics are of a model with {own} {what}, "
+                    f"this one has {other}: calibrate this model"
+                )
         if fingerprint is not None and self.fingerprint != fingerprint:
             raise AmskvError(
                 f"the layer statistics are of another model (fingerprint "
@@ -196,7 +206,7 @@ class LayerStats:
         except (ValueError, KeyError, TypeError) as error:
             raise AmskvError(f"the layer statistics {path} are damaged: {error}") from error
         try:
-            stats.check(stats.schedule, stats.num_layers, fingerprint)
+            stats.check(stats.shape, fingerprint)
         except AmskvError as error:
             raise AmskvError(f"{path}: {error}") from error
         return stats

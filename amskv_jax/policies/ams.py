@@ -12,6 +12,7 @@ from amskv_jax.errors import AmskvError, UsageError
 from amskv_jax.plan.retention import RetentionPlan
 from amskv_jax.plan.rows import StaticRow
 from amskv_jax.plan.runtime_rows import OnlineRow
+from amskv_jax.plan.shape import CacheShape
 from amskv_jax.plan.stats import LayerStats
 from amskv_jax.policies.base import CONDENSED, default_capacities, first_third
 from amskv_jax.policies.theta import automatic_theta
@@ -115,19 +116,16 @@ class AMSKV:
             )
         _check_capacities(self.c_min, self.c_max)
 
-    def plan(
-        self, schedule: ScaleSchedule, num_layers: int, stats: LayerStats | None = None
-    ) -> RetentionPlan:
+    def plan(self, shape: CacheShape, stats: LayerStats | None = None) -> RetentionPlan:
         """Return the plan; see ``Policy.plan``."""
         if stats is not None:
-            stats.check(schedule, num_layers)
-        budget = self._budget(schedule, num_layers)
+            stats.check(shape)
+        budget = self._budget(shape)
         if budget is not None:
             max_tokens, aim = budget
-            plan = self.fit(schedule, num_layers, max_tokens, stats).plan(
-                schedule, num_layers, stats
-            )
+            plan = self.fit(shape, max_tokens, stats).plan(shape, stats)
             return replace(plan, note=f"{plan.note}; capacities fitted to {aim}")
+        schedule, num_layers = shape.schedule, shape.num_layers
         c_min, c_max = self._capacities(schedule)
         note = f"AMS-KV: C_min {c_min}, C_max {c_max}, condensed {self.condensed}"
         overflows = adaptive_walk(schedule, c_min, c_min, self.condensed).overflows
@@ -153,17 +151,17 @@ class AMSKV:
 
     def classify(self, stats: LayerStats) -> Classes:
         """Return which layers the calibrated similarities and theta make cache-demanding."""
-        schedule, num_layers = stats.schedule, stats.num_layers
-        budget = self._budget(schedule, num_layers)
-        fixed = self if budget is None else self.fit(schedule, num_layers, budget[0], stats)
-        c_min, _ = fixed._capacities(schedule)
-        overflows = adaptive_walk(schedule, c_min, c_min, self.condensed).overflows
+        shape = stats.shape
+        budget = self._budget(shape)
+        fixed = self if budget is None else self.fit(shape, budget[0], stats)
+        c_min, _ = fixed._capacities(shape.schedule)
+        overflows = adaptive_walk(shape.schedule, c_min, c_min, self.condensed).overflows
         return self._classes(overflows, stats)
 
-    def _budget(self, schedule: ScaleSchedule, num_layers: int) -> tuple[int, str] | None:
+    def _budget(self, shape: CacheShape) -> tuple[int, str] | None:
         """Return the most tokens that all layers may hold, and a phrase on why, if that is set."""
         if self.target_saving is not None:
-            kept = schedule.total * num_layers * (1 - self.target_saving)
+            kept = shape.schedule.total * shape.num_layers * (1 - self.target_saving)
             return floor(kept + 1e-6), f"save {self.target_saving:.1%}"
         if self.max_tokens is not None:
             return self.max_tokens, f"hold at most {self.max_tokens} tokens in all layers"
@@ -238,13 +236,7 @@ class AMSKV:
             raise AmskvError(f"demanding layers {unknown}: the model has layers 0-{num_layers - 1}")
         return layers, f"demanding layers given: {number_ranges(sorted(layers)) or 'none'}"
 
-    def fit(
-        self,
-        schedule: ScaleSchedule,
-        num_layers: int,
-        max_tokens: int,
-        stats: LayerStats | None = None,
-    ) -> "AMSKV":
+    def fit(self, shape: CacheShape, max_tokens: int, stats: LayerStats | None = None) -> "AMSKV":
         """Return this policy with the best capacities that ``max_tokens`` allow.
 
         AMS-KV keeps whole scales, so capacities lead to finitely many plans, and all are tried. The
@@ -253,8 +245,7 @@ class AMSKV:
         automatic theta is found anew for every C_min.
 
         Args:
-          schedule: the scales.
-          num_layers: layers of the model.
+          shape: of the model's cache.
           max_tokens: most tokens that all layers together may hold.
           stats: calibration, see the class.
 
@@ -265,7 +256,8 @@ class AMSKV:
         if self.allocation == "uniform" and (self.c_min, self.c_max) != (None, None):
             raise UsageError("a uniform allocation takes either capacities or a budget, not both")
         if stats is not None:
-            stats.check(schedule, num_layers)
+            stats.check(shape)
+        schedule, num_layers = shape.schedule, shape.num_layers
         attention, tokens = _attention(schedule, num_layers, stats), schedule.tokens
         best, best_value, smallest = None, (-1.0, 0), schedule.total * num_layers
         for c_min in self._smaller_capacities(schedule):

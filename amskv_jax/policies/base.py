@@ -3,6 +3,7 @@
 from typing import Protocol
 
 from amskv_jax.plan.retention import RetentionPlan
+from amskv_jax.plan.shape import CacheShape
 from amskv_jax.plan.stats import LayerStats
 from amskv_jax.schedule import ScaleSchedule
 
@@ -13,9 +14,7 @@ CONDENSED = 2
 class Policy(Protocol):
     """Decides what the cache keeps: a frozen dataclass whose fields are the policy's options."""
 
-    def plan(
-        self, schedule: ScaleSchedule, num_layers: int, stats: LayerStats | None = None
-    ) -> RetentionPlan:
+    def plan(self, shape: CacheShape, stats: LayerStats | None = None) -> RetentionPlan:
         """Return the plan for a model; raises AmskvError if the options do not fit it."""
         ...
 
@@ -40,8 +39,8 @@ def default_capacities(schedule: ScaleSchedule, condensed: int = CONDENSED) -> t
     return capacity(1), capacity(3)
 
 
-def default_budget(schedule: ScaleSchedule, num_layers: int) -> int:
+def default_budget(shape: CacheShape) -> int:
     """Return the mean tokens per layer of the default AMS-KV plan, the budget of the baselines."""
-    c_min, c_max = default_capacities(schedule)
-    demanding = len(first_third(num_layers))
-    return round((demanding * c_max + (num_layers - demanding) * c_min) / num_layers)
+    c_min, c_max = default_capacities(shape.schedule)
+    demanding = len(first_third(shape.num_layers))
+    return round((demanding * c_max + (shape.num_layers - demanding) * c_min) / shape.num_layers)

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from amskv_jax.errors import AmskvError, UsageError
-from amskv_jax.models.var.config import VARConfig
 from amskv_jax.plan.memory import CacheGeometry, MemoryReport
 from amskv_jax.plan.retention import RetentionPlan
+from amskv_jax.plan.shape import CacheShape
 from amskv_jax.plan.stats import LayerStats
 from amskv_jax.policies.ams import AMSKV
 from amskv_jax.policies.base import Policy
@@ -40,15 +40,15 @@ DEFAULTS: dict[str, Policy] = {
 }
 
 
-def memory_report(plan: RetentionPlan, config: VARConfig, dtype: str = "bfloat16") -> MemoryReport:
+def memory_report(plan: RetentionPlan, shape: CacheShape, dtype: str = "bfloat16") -> MemoryReport:
     """Return the bytes of a plan's cache for one picture with guidance."""
-    return MemoryReport.of(plan, CacheGeometry.of(config.num_heads, config.head_dim, 1, dtype))
+    return MemoryReport.of(plan, CacheGeometry.of(shape, 1, dtype))
 
 
 def policy_for_saving(
     make: Callable[[int], Policy],
     saving: float,
-    config: VARConfig,
+    shape: CacheShape,
     stats: LayerStats | None = None,
 ) -> Policy:
     """Return the policy with the largest budget whose cache saves at least ``saving``.
@@ -58,7 +58,7 @@ def policy_for_saving(
     Args:
       make: returns the policy with a budget in tokens per layer; its bytes grow with the budget.
       saving: share of a bfloat16 cache of all scales, 0 to 1.
-      config: the model.
+      shape: of the model's cache.
       stats: calibration, for policies that use it.
 
     Raises:
@@ -66,11 +66,11 @@ def policy_for_saving(
     """
 
     def fits(budget: int) -> bool:
-        plan = make(budget).plan(config.schedule, config.depth, stats)
-        report = memory_report(plan, config)
+        plan = make(budget).plan(shape, stats)
+        report = memory_report(plan, shape)
         return report.saving(report.full) >= saving
 
-    low, high, refusal = -1, config.schedule.total, None
+    low, high, refusal = -1, shape.schedule.total, None
     while high - low > 1:
         middle = (low + high) // 2
         try:
@@ -129,10 +129,10 @@ class PolicyRequest:
         """Whether the policy follows from a calibration."""
         return self.name in ("ams", "scalekv", "heads")
 
-    def policy(self, config: VARConfig, stats: LayerStats | None) -> Policy:
+    def policy(self, shape: CacheShape, stats: LayerStats | None) -> Policy:
         """Return the policy; raises AmskvError if it cannot save so much."""
         if self.saving is None:
             return DEFAULTS[self.name]
         if self.name == "ams":
             return AMSKV(target_saving=self.saving)
-        return policy_for_saving(BUDGETED[self.name], self.saving, config, stats)
+        return policy_for_saving(BUDGETED[self.name], self.saving, shape, stats)

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from amskv_jax.errors import AmskvError
 from amskv_jax.plan.retention import RetentionPlan
+from amskv_jax.plan.shape import CacheShape
 from amskv_jax.plan.stats import LayerStats
-from amskv_jax.schedule import ScaleSchedule
 
 
 @dataclass(frozen=True)
@@ -18,13 +18,11 @@ class Explicit:
 
     path: str
 
-    def plan(
-        self, schedule: ScaleSchedule, num_layers: int, stats: LayerStats | None = None
-    ) -> RetentionPlan:
+    def plan(self, shape: CacheShape, stats: LayerStats | None = None) -> RetentionPlan:
         """Return the plan; see ``Policy.plan``."""
-        plan = RetentionPlan.load(self.path, schedule)
-        if plan.num_layers != num_layers:
-            raise AmskvError(
-                f"{self.path}: the plan has {plan.num_layers} layers, the model {num_layers}"
-            )
+        plan = RetentionPlan.load(self.path, shape.schedule)
+        try:
+            plan.check(shape)
+        except AmskvError as error:
+            raise AmskvError(f"{self.path}: {error}") from error
         return plan

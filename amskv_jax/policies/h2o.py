@@ -6,9 +6,9 @@ from amskv_jax.errors import UsageError
 from amskv_jax.plan.retention import RetentionPlan
 from amskv_jax.plan.runtime_rows import SelectingRow
 from amskv_jax.plan.selectors import HeavyHitters
+from amskv_jax.plan.shape import CacheShape
 from amskv_jax.plan.stats import LayerStats
 from amskv_jax.policies.base import default_budget
-from amskv_jax.schedule import ScaleSchedule
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,11 @@ class H2O:
         if not 0 <= self.recent <= 1:
             raise UsageError(f"the recent share must lie between 0 and 1, not {self.recent}")
 
-    def plan(
-        self, schedule: ScaleSchedule, num_layers: int, stats: LayerStats | None = None
-    ) -> RetentionPlan:
+    def plan(self, shape: CacheShape, stats: LayerStats | None = None) -> RetentionPlan:
         """Return the plan; see ``Policy.plan``."""
-        budget = default_budget(schedule, num_layers) if self.budget is None else self.budget
+        budget = default_budget(shape) if self.budget is None else self.budget
         recent = round(self.recent * budget)
-        counts = tuple(min(budget, offset) for offset in schedule.offsets[:-1])
+        counts = tuple(min(budget, offset) for offset in shape.schedule.offsets[:-1])
         row = SelectingRow(counts, HeavyHitters(recent))
         note = f"H2O: {budget} tokens, the latest {recent} and {budget - recent} heavy hitters"
-        return RetentionPlan(schedule, (row,) * num_layers, note)
+        return RetentionPlan(shape.schedule, (row,) * shape.num_layers, note)

@@ -7,6 +7,7 @@ import numpy as np
 from amskv_jax.errors import AmskvError, UsageError
 from amskv_jax.plan.retention import RetentionPlan
 from amskv_jax.plan.rows import HeadRow, StaticRow
+from amskv_jax.plan.shape import CacheShape
 from amskv_jax.plan.stats import LayerStats
 from amskv_jax.policies.base import default_budget
 from amskv_jax.schedule import ScaleSchedule
@@ -44,16 +45,15 @@ class Heads:
         if self.patterns < 1:
             raise UsageError(f"the patterns must be 1 or more, not {self.patterns}")
 
-    def plan(
-        self, schedule: ScaleSchedule, num_layers: int, stats: LayerStats | None = None
-    ) -> RetentionPlan:
+    def plan(self, shape: CacheShape, stats: LayerStats | None = None) -> RetentionPlan:
         """Return the plan; see ``Policy.plan``."""
         if stats is None:
             raise UsageError(
                 "the heads policy needs the attention of a calibration run: give its file"
             )
-        stats.check(schedule, num_layers)
-        budget = default_budget(schedule, num_layers) if self.budget is None else self.budget
+        stats.check(shape)
+        schedule = shape.schedule
+        budget = default_budget(shape) if self.budget is None else self.budget
         tokens = np.array(schedule.tokens[:-1])
         least = int(tokens[: self.protected].sum())
         if budget < least:

@@ -12,6 +12,7 @@ from amskv_jax.errors import AmskvError, UsageError
 from amskv_jax.plan.retention import RetentionPlan
 from amskv_jax.plan.runtime_rows import SelectingRow
 from amskv_jax.plan.selectors import Mode, WindowScores
+from amskv_jax.plan.shape import CacheShape
 from amskv_jax.plan.stats import LayerStats
 from amskv_jax.policies.base import default_budget
 from amskv_jax.schedule import ScaleSchedule
@@ -81,16 +82,15 @@ class ScaleKV:
                 f"not go from {self.refiners_first} to {self.refiners_last}"
             )
 
-    def plan(
-        self, schedule: ScaleSchedule, num_layers: int, stats: LayerStats | None = None
-    ) -> RetentionPlan:
+    def plan(self, shape: CacheShape, stats: LayerStats | None = None) -> RetentionPlan:
         """Return the plan; see ``Policy.plan``."""
+        schedule = shape.schedule
         if self.budget_file is not None:
-            counts = published_counts(self.budget_file, schedule, num_layers)
+            counts = published_counts(self.budget_file, schedule, shape.num_layers)
             how = f"budgets of {Path(self.budget_file).name}"
         else:
-            budget = default_budget(schedule, num_layers) if self.budget is None else self.budget
-            drafters, how = self._drafters(schedule, num_layers, budget, stats)
+            budget = default_budget(shape) if self.budget is None else self.budget
+            drafters, how = self._drafters(shape, budget, stats)
             shares = self.refiners_first, self.refiners_last
             counts = allocate(schedule, budget, drafters, shares)
             how = f"mean budget {budget} tokens; {how}"
@@ -104,16 +104,16 @@ class ScaleKV:
         return RetentionPlan(schedule, rows, note)
 
     def _drafters(
-        self, schedule: ScaleSchedule, num_layers: int, budget: int, stats: LayerStats | None
+        self, shape: CacheShape, budget: int, stats: LayerStats | None
     ) -> tuple[np.ndarray, str]:
         """Return which layers are drafters at which scales, [layers, S], and how it is known."""
-        drafters = np.zeros((num_layers, schedule.num_scales), bool)
+        drafters = np.zeros((shape.num_layers, shape.schedule.num_scales), bool)
         if stats is None:
-            number = max(1, round(self.drafters * num_layers))
+            number = max(1, round(self.drafters * shape.num_layers))
             drafters[:number] = True
             return drafters, f"drafters: the first {number}, by default and not by measurement"
-        stats.check(schedule, num_layers)
-        scales = _compressed(schedule, budget)
+        stats.check(shape)
+        scales = _compressed(shape.schedule, budget)
         index = stats.selectivity(self.top)[:, scales]
         standardised = (index - index.mean(0)) / (index.std(0) + 1e-12)
         number = max(1, round(self.drafters * index.size)) if index.size else 0

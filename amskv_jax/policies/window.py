@@ -7,6 +7,7 @@ import numpy as np
 from amskv_jax.errors import UsageError
 from amskv_jax.plan.retention import RetentionPlan
 from amskv_jax.plan.rows import StaticRow
+from amskv_jax.plan.shape import CacheShape
 from amskv_jax.plan.stats import LayerStats
 from amskv_jax.policies.base import default_budget
 from amskv_jax.schedule import ScaleSchedule
@@ -29,13 +30,12 @@ class Window:
         if self.window is not None and self.window < 0:
             raise UsageError(f"the window must be 0 or more tokens, not {self.window}")
 
-    def plan(
-        self, schedule: ScaleSchedule, num_layers: int, stats: LayerStats | None = None
-    ) -> RetentionPlan:
+    def plan(self, shape: CacheShape, stats: LayerStats | None = None) -> RetentionPlan:
         """Return the plan; see ``Policy.plan``."""
-        window = default_budget(schedule, num_layers) if self.window is None else self.window
-        row = _first_and_recent(schedule, 0, window)
-        return RetentionPlan(schedule, (row,) * num_layers, f"sliding window of {window} tokens")
+        window = default_budget(shape) if self.window is None else self.window
+        row = _first_and_recent(shape.schedule, 0, window)
+        note = f"sliding window of {window} tokens"
+        return RetentionPlan(shape.schedule, (row,) * shape.num_layers, note)
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,13 @@ class Sink:
             if tokens is not None and tokens < 0:
                 raise UsageError(f"the {name} must be 0 or more tokens, not {tokens}")
 
-    def plan(
-        self, schedule: ScaleSchedule, num_layers: int, stats: LayerStats | None = None
-    ) -> RetentionPlan:
+    def plan(self, shape: CacheShape, stats: LayerStats | None = None) -> RetentionPlan:
         """Return the plan; see ``Policy.plan``."""
-        rest = max(0, default_budget(schedule, num_layers) - self.sink)
+        rest = max(0, default_budget(shape) - self.sink)
         window = rest if self.window is None else self.window
-        row = _first_and_recent(schedule, self.sink, window)
+        row = _first_and_recent(shape.schedule, self.sink, window)
         note = f"attention sink of {self.sink} tokens, window of {window}"
-        return RetentionPlan(schedule, (row,) * num_layers, note)
+        return RetentionPlan(shape.schedule, (row,) * shape.num_layers, note)
 
 
 def _first_and_recent(schedule: ScaleSchedule, first: int, recent: int) -> StaticRow:

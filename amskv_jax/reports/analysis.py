@@ -45,7 +45,7 @@ class Analysis:
     @cached_property
     def plan(self) -> RetentionPlan:
         """What every layer keeps."""
-        return self.policy.plan(self.stats.schedule, self.stats.num_layers, self.stats)
+        return self.policy.plan(self.stats.shape, self.stats)
 
     @cached_property
     def head_mass(self) -> np.ndarray:

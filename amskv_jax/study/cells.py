@@ -8,9 +8,9 @@ from functools import partial
 import numpy as np
 
 from amskv_jax.errors import AmskvError, UsageError
-from amskv_jax.models.var.config import VARConfig
 from amskv_jax.plan.retention import RetentionPlan
 from amskv_jax.plan.rows import StaticRow
+from amskv_jax.plan.shape import CacheShape
 from amskv_jax.plan.stats import LayerStats
 from amskv_jax.policies.ams import AMSKV
 from amskv_jax.policies.base import CONDENSED, Policy
@@ -93,18 +93,18 @@ def order_cells(arms: Iterable[Arm], seeds: tuple[int, ...]) -> list[Cell]:
     return sorted((Cell(arm, seed) for arm in arms for seed in seeds), key=importance)
 
 
-def full_arm(config: VARConfig, dtype: str = "bfloat16") -> Arm:
+def full_arm(shape: CacheShape, dtype: str = "bfloat16") -> Arm:
     """Return the arm with which all others are compared."""
-    return Arm("full", "full", "full", Full().plan(config.schedule, config.depth), dtype)
+    return Arm("full", "full", "full", Full().plan(shape), dtype)
 
 
 def study_arms(
-    config: VARConfig, stats: LayerStats, sections: str, dtype: str = "bfloat16"
+    shape: CacheShape, stats: LayerStats, sections: str, dtype: str = "bfloat16"
 ) -> tuple[list[Arm], list[Impossible]]:
     """Return the arms of the sections, the full cache first, and those that cannot be.
 
     Args:
-      config: the model.
+      shape: of the model's cache.
       stats: its calibration.
       sections: letters out of "abcdefg".
       dtype: of all arms but those of section g.
@@ -115,30 +115,29 @@ def study_arms(
     unknown = set(sections) - set(SECTIONS)
     if unknown or not sections:
         raise UsageError(f"unknown sections {sections!r}: expected letters out of a-g")
-    builder = _Builder(config, stats, dtype)
+    builder = _Builder(shape, stats, dtype)
     for section in SECTIONS:
         if section in sections:
             getattr(builder, f"section_{section}")()
-    return [full_arm(config, dtype), *builder.arms], builder.impossible
+    return [full_arm(shape, dtype), *builder.arms], builder.impossible
 
 
 class _Builder:
     """Collects arms; what cannot be planned for this model is noted with its reason."""
 
-    def __init__(self, config: VARConfig, stats: LayerStats, dtype: str) -> None:
-        self.config, self.stats, self.dtype = config, stats, dtype
+    def __init__(self, shape: CacheShape, stats: LayerStats, dtype: str) -> None:
+        self.shape, self.stats, self.dtype = shape, stats, dtype
         self.arms: list[Arm] = []
         self.impossible: list[Impossible] = []
 
     def add(
         self, section: str, label: str, name: str, policy: Policy | Callable[[], Policy]
     ) -> None:
-        schedule, depth = self.config.schedule, self.config.depth
         if any(cell_name(section, label) == arm.name for arm in self.arms):
             return  # schedules of few scales leave few choices
         try:
             made = policy() if callable(policy) else policy
-            plan = made.plan(schedule, depth, self.stats)
+            plan = made.plan(self.shape, self.stats)
         except AmskvError as error:
             self.impossible.append(Impossible(cell_name(section, label), str(error)))
             return
@@ -146,13 +145,13 @@ class _Builder:
 
     def _lowest_similarity(self, c_min: int) -> np.ndarray:
         """Return per layer the lowest similarity of the scales that C_min has no room for."""
-        overflows = adaptive_walk(self.config.schedule, c_min, c_min, CONDENSED).overflows
+        overflows = adaptive_walk(self.shape.schedule, c_min, c_min, CONDENSED).overflows
         lowest: np.ndarray = self.stats.similarity[:, overflows].min(1, initial=np.inf)
         return lowest
 
     def section_a(self) -> None:
         """Dropping condensed, intermediate or local scales: equal numbers, then equal tokens."""
-        schedule, last = self.config.schedule, self.config.schedule.num_scales - 1
+        schedule, last = self.shape.schedule, self.shape.schedule.num_scales - 1
         third = last // 3
         for count in sorted({1, third} - {0}):
             drops = {
@@ -174,7 +173,7 @@ class _Builder:
 
     def section_b(self) -> None:
         """S1 (uniform), S2 (by similarity), and S2 upside down, at the same sum of capacities."""
-        ladder = capacities(self.config.schedule)
+        ladder = capacities(self.shape.schedule)
         for low, high in ((2, 4), (1, 3), (1, 5)):
             c_min, c_max = ladder[min(low, len(ladder) - 1)], ladder[min(high, len(ladder) - 1)]
             similar = AMSKV(c_min=c_min, c_max=c_max)
@@ -200,12 +199,12 @@ class _Builder:
         for saving in POLICY_SAVINGS:
             self.add("d", f"ams {saving:.0%}", "ams", AMSKV(target_saving=saving))
             for name, make in BUDGETED.items():
-                solve = partial(policy_for_saving, make, saving, self.config, self.stats)
+                solve = partial(policy_for_saving, make, saving, self.shape, self.stats)
                 self.add("d", f"{name} {saving:.0%}", name, solve)
 
     def section_e(self) -> None:
         """C_min against C_max."""
-        ladder = capacities(self.config.schedule)
+        ladder = capacities(self.shape.schedule)
         for c_min in ladder[:4]:
             for c_max in ladder[2:6]:
                 if c_max >= c_min:
@@ -214,8 +213,8 @@ class _Builder:
 
     def section_f(self) -> None:
         """Automatic theta against thetas that make 0, 1/6, ... all layers demanding."""
-        depth = self.config.depth
-        ladder = capacities(self.config.schedule)
+        depth = self.shape.num_layers
+        ladder = capacities(self.shape.schedule)
         base = AMSKV(c_min=ladder[min(2, len(ladder) - 1)], c_max=ladder[-2:][0])
         assert base.c_min is not None
         lowest = np.sort(self._lowest_similarity(base.c_min))
@@ -240,15 +239,14 @@ class DropScales:
 
     scales: tuple[int, ...]
 
-    def plan(
-        self, schedule: ScaleSchedule, num_layers: int, stats: LayerStats | None = None
-    ) -> RetentionPlan:
+    def plan(self, shape: CacheShape, stats: LayerStats | None = None) -> RetentionPlan:
         """Return the plan; see ``Policy.plan``."""
+        schedule = shape.schedule
         kept = [j for j in range(schedule.num_scales) if j not in self.scales]
         held = [[j for j in kept if j < i] for i in range(schedule.num_scales)]
         row = StaticRow.from_scales(schedule, held)
         note = f"never caches the scales {', '.join(map(str, self.scales))}"
-        return RetentionPlan(schedule, (row,) * num_layers, note)
+        return RetentionPlan(schedule, (row,) * shape.num_layers, note)
 
 
 def capacities(schedule: ScaleSchedule) -> list[int]:

@@ -172,7 +172,7 @@ class _Study:
         self.samples = read_arrays(directory / "samples.npz")
         self.samples["classes"] = np.array(self.model.classes, str)
         self.compiler = Compiler(self.model, load, self._sampler, extent.batch)
-        self.full = full_arm(self.model.model.transformer, conditions.dtype)
+        self.full = full_arm(self.model.shape, conditions.dtype)
         self.drawing = replace(
             self.model.drawing, cfg=conditions.cfg, top_k=conditions.top_k, top_p=conditions.top_p
         )
@@ -246,7 +246,7 @@ class _Study:
         """Return all cells that were asked for."""
         extent, stats = self.extent, self._stats()
         arms, impossible = study_arms(
-            self.model.model.transformer, stats, extent.sections, self.conditions.dtype
+            self.model.shape, stats, extent.sections, self.conditions.dtype
         )
         for one in impossible:
             if one.name not in self.results.records:
@@ -343,10 +343,8 @@ class _Study:
 
     def _describe(self, cell: Cell) -> Record:
         arm = cell.arm
-        report = memory_report(arm.plan, self.model.model.transformer, arm.dtype)
-        everything = memory_report(
-            arm.plan, self.model.model.transformer, self.conditions.dtype
-        ).full
+        report = memory_report(arm.plan, self.model.shape, arm.dtype)
+        everything = memory_report(arm.plan, self.model.shape, self.conditions.dtype).full
         return {
             "name": cell.name,
             "section": arm.section,

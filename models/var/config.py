@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from amskv_jax.plan.shape import CacheShape
 from amskv_jax.schedule import VAR_256, ScaleSchedule
 
 
@@ -41,6 +42,11 @@ class VARConfig:
     def head_dim(self) -> int:
         """Channels of one attention head."""
         return self.width // self.num_heads
+
+    @property
+    def cache_shape(self) -> CacheShape:
+        """Shape of the cache: what plans, policies and memory reports know of the model."""
+        return CacheShape(self.schedule, self.depth, self.num_heads, self.head_dim)
 
     @property
     def attention_scale(self) -> float:

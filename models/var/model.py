@@ -1,7 +1,7 @@
 """VAR as a kind of model: class-conditional pictures (arXiv 2404.02905)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -66,8 +66,7 @@ class VARModel:
 
     def cache_shape(self, schedule: ScaleSchedule) -> CacheShape:
         """See ``protocol.Model.cache_shape``."""
-        config = self.transformer
-        return CacheShape(schedule, config.depth, config.num_heads, config.head_dim)
+        return replace(self.transformer.cache_shape, schedule=schedule)
 
     def picture_size(self, schedule: ScaleSchedule) -> tuple[int, int]:
         """See ``protocol.Model.picture_size``."""
