@@ -1,5 +1,7 @@
 """Infinity's tokenizer: an autoencoder whose latent is a sum of maps of bits of growing size."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -42,9 +44,13 @@ class BSQVAE(nn.Module):
     def setup(self) -> None:
         """Declare the parts."""
         config = self.config
-        sizes = {"channels": config.channels, "multipliers": config.channel_multipliers}
-        common = {**sizes, "attention": False, "dtype": self.dtype}
         blocks = config.num_res_blocks
+        common: dict[str, Any] = {
+            "channels": config.channels,
+            "multipliers": config.channel_multipliers,
+            "attention": False,
+            "dtype": self.dtype,
+        }
         self.encoder = Encoder(num_blocks=blocks, features=config.codebook_dim, **common)
         self.decoder = Decoder(num_blocks=blocks + 1, strip_bytes=self.strip_bytes, **common)
 

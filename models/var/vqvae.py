@@ -1,5 +1,7 @@
 """VAR's tokenizer: a VQVAE whose latent is a sum of token maps of growing size."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -31,8 +33,12 @@ class VQVAE(nn.Module):
         """Declare the parts."""
         config = self.config
         channels = config.latent_channels
-        sizes = {"channels": config.channels, "multipliers": config.channel_multipliers}
-        common = {**sizes, "attention": True, "dtype": self.dtype}
+        common: dict[str, Any] = {
+            "channels": config.channels,
+            "multipliers": config.channel_multipliers,
+            "attention": True,
+            "dtype": self.dtype,
+        }
         self.encoder = Encoder(num_blocks=config.num_res_blocks, features=channels, **common)
         self.decoder = Decoder(num_blocks=config.num_res_blocks + 1, **common)
         self.quantizer = MultiScaleQuantizer(self.config)
