@@ -1,5 +1,7 @@
 """VAR's tokenizer: a VQVAE whose latent is a sum of token maps of growing size."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -29,9 +31,16 @@ class VQVAE(nn.Module):
 
     def setup(self) -> None:
         """Declare the parts."""
-        channels = self.config.latent_channels
-        self.encoder = Encoder(self.config, self.dtype)
-        self.decoder = Decoder(self.config, self.dtype)
+        config = self.config
+        channels = config.latent_channels
+        common: dict[str, Any] = {
+            "channels": config.channels,
+            "multipliers": config.channel_multipliers,
+            "attention": True,
+            "dtype": self.dtype,
+        }
+        self.encoder = Encoder(num_blocks=config.num_res_blocks, features=channels, **common)
+        self.decoder = Decoder(num_blocks=config.num_res_blocks + 1, **common)
         self.quantizer = MultiScaleQuantizer(self.config)
         self.quant_conv = convolution(channels, 3, jnp.float32)
         self.post_quant_conv = convolution(channels, 3, self.dtype)
