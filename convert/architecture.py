@@ -14,7 +14,7 @@ from amskv_jax.checkpoints.folder import describe_differences, storage_dtype
 from amskv_jax.convert.table import Shape, StateDict, Table
 from amskv_jax.errors import AmskvError
 
-BUFFERS = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias", "ema_vocab_hit_SV")
+BUFFERS = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias", "ema_vocab_hit_SV", "mask")
 """Last part of the names of entries which are constants or training statistics, not weights."""
 
 MARKS = {

@@ -1,14 +1,20 @@
-"""Convolutional encoder and decoder of VAR's tokenizer, those of VQGAN (arXiv 2012.09841)."""
+"""Convolutional encoders and decoders of the tokenizers, those of VQGAN (arXiv 2012.09841)."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import lax
 from jax.typing import DTypeLike
 
-from amskv_jax.models.var.config import VQVAEConfig
+from amskv_jax.models.strips import identity, in_strips, sum_in_strips
 from amskv_jax.precision import precision_of
+
+NUM_GROUPS = 32
+NORM_EPSILON = 1e-6
 
 
 def convolution(features: int, size: int, dtype: DTypeLike, **options: Any) -> nn.Conv:
@@ -17,29 +23,83 @@ def convolution(features: int, size: int, dtype: DTypeLike, **options: Any) -> n
     return nn.Conv(features, (size, size), dtype=dtype, **options)
 
 
+class GroupNorm(nn.Module):
+    """Group norm of 32 groups, with float32 statistics of whole maps.
+
+    Attributes:
+      dtype: of the result.
+      strip_bytes: see ``strips.sum_in_strips``.
+    """
+
+    dtype: DTypeLike
+    strip_bytes: int | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> Callable[[jax.Array], jax.Array]:
+        """Return the norm of maps x [B, h, w, C] as a function of any of their rows."""
+        batch, height, width, channels = x.shape
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        size = channels // NUM_GROUPS
+
+        def mean_of(function: Callable[[jax.Array], jax.Array]) -> jax.Array:
+            def term(rows: jax.Array) -> jax.Array:
+                groups = rows.astype(jnp.float32).reshape(*rows.shape[:-1], NUM_GROUPS, size)
+                return function(groups).sum((1, 2, 4), keepdims=True)
+
+            return sum_in_strips(x, term, self.strip_bytes) / (height * width * size)
+
+        def per_channel(statistic: jax.Array) -> jax.Array:
+            wide = jnp.broadcast_to(statistic, (batch, 1, 1, NUM_GROUPS, size))
+            return wide.reshape(batch, 1, 1, channels)
+
+        # The fast variance, E[x^2] - E[x]^2, cancels where the mean is large.
+        mean = mean_of(lambda groups: groups)
+        variance = mean_of(lambda groups: jnp.square(groups - mean))
+        shift, factor = per_channel(mean), per_channel(lax.rsqrt(variance + NORM_EPSILON)) * scale
+        return lambda rows: ((rows - shift) * factor + bias).astype(self.dtype)
+
+
 def normalize(x: jax.Array, dtype: DTypeLike, name: str) -> jax.Array:
-    """Apply a group norm of 32 groups with float32 statistics to maps [B, h, w, C]."""
-    # The fast variance, E[x^2] - E[x]^2, cancels where the mean is large.
-    norm = nn.GroupNorm(32, epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
-    return norm(x)
+    """Return the group norm of maps [B, h, w, C]."""
+    return GroupNorm(dtype, name=name)(x)(x)
 
 
 class ResidualBlock(nn.Module):
-    """Two normalised 3x3 convolutions beside a shortcut: [B, h, w, C'] -> [B, h, w, channels]."""
+    """Two normalised 3x3 convolutions beside a shortcut: [B, h, w, C'] -> [B, h, w, channels].
+
+    Attributes:
+      channels: channels of the result.
+      dtype: of the computation.
+      strip_bytes: see ``strips.in_strips``.
+    """
 
     channels: int
     dtype: DTypeLike
+    strip_bytes: int | None = None
 
-    @nn.compact
+    def setup(self) -> None:
+        """Declare the layers; the shortcut has weights only where the channels change."""
+        self.norm1 = GroupNorm(self.dtype, self.strip_bytes)
+        self.norm2 = GroupNorm(self.dtype, self.strip_bytes)
+        self.conv1 = convolution(self.channels, 3, self.dtype)
+        self.conv2 = convolution(self.channels, 3, self.dtype)
+        self.shortcut = convolution(self.channels, 1, self.dtype)
+
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return the block's output."""
-        h = x
-        for index in (1, 2):
-            h = nn.silu(normalize(h, self.dtype, f"norm{index}"))
-            h = convolution(self.channels, 3, self.dtype, name=f"conv{index}")(h)
-        if x.shape[-1] != self.channels:
-            x = convolution(self.channels, 1, self.dtype, name="shortcut")(x)
-        return x + h
+
+        def first(block: ResidualBlock, rows: jax.Array) -> jax.Array:
+            return block.conv1(rows)
+
+        def second(block: ResidualBlock, rows: jax.Array, x: jax.Array) -> jax.Array:
+            return block.conv2(rows) + (x if x.shape[-1] == self.channels else block.shortcut(x))
+
+        strips = partial(
+            in_strips, self, features=self.channels, dtype=self.dtype, strip_bytes=self.strip_bytes
+        )
+        h = strips(first, [(x, _activated(self.norm1(x)))])
+        return strips(second, [(h, _activated(self.norm2(h))), (x, identity)])
 
 
 class AttentionBlock(nn.Module):
@@ -75,6 +135,7 @@ class Level(nn.Module):
       attention: attend after every residual block.
       resample: "downsample" halves the resolution at the end, "upsample" doubles it.
       dtype: of the computation.
+      strip_bytes: see ``strips.in_strips``.
     """
 
     channels: int
@@ -82,87 +143,136 @@ class Level(nn.Module):
     attention: bool
     resample: Literal["downsample", "upsample"] | None
     dtype: DTypeLike
+    strip_bytes: int | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return the level's output."""
         for index in range(self.num_blocks):
-            x = ResidualBlock(self.channels, self.dtype, name=f"block_{index}")(x)
+            block = ResidualBlock(self.channels, self.dtype, self.strip_bytes, name=f"block_{index}")
+            x = block(x)
             if self.attention:
                 x = AttentionBlock(self.dtype, name=f"attention_{index}")(x)
         if self.resample is None:
             return x
         if self.resample == "upsample":
-            x = x.repeat(2, axis=1).repeat(2, axis=2)
-            options = {}
-        else:  # one row and column of zeros, at the bottom and at the right only
-            options = {"strides": 2, "padding": ((0, 1), (0, 1))}
-        return convolution(self.channels, 3, self.dtype, name=self.resample, **options)(x)
+            return in_strips(
+                convolution(self.channels, 3, self.dtype, name="upsample"),
+                lambda conv, rows: conv(rows.repeat(2, axis=1).repeat(2, axis=2)),
+                [(x, identity)],
+                self.channels,
+                self.dtype,
+                enlarge=2,
+                strip_bytes=self.strip_bytes,
+            )
+        # One row and column of zeros, at the bottom and at the right only.
+        options = {"strides": 2, "padding": ((0, 1), (0, 1))}
+        return convolution(self.channels, 3, self.dtype, name="downsample", **options)(x)
 
 
 class Middle(nn.Module):
-    """Residual block, attention, residual block at the lowest resolution."""
+    """Residual block, attention if wanted, residual block at the lowest resolution."""
 
+    attention: bool
     dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return the middle's output."""
         x = ResidualBlock(x.shape[-1], self.dtype, name="block_1")(x)
-        x = AttentionBlock(self.dtype, name="attention_1")(x)
+        if self.attention:
+            x = AttentionBlock(self.dtype, name="attention_1")(x)
         return ResidualBlock(x.shape[-1], self.dtype, name="block_2")(x)
 
 
 class Encoder(nn.Module):
-    """Pictures [B, H, W, 3] -> features [B, H / f, W / f, latent channels], f = downsampling."""
+    """Pictures [B, H, W, 3] -> features [B, H / f, W / f, features], f = 2^(levels - 1).
 
-    config: VQVAEConfig
+    Attributes:
+      channels: channels of the first convolution.
+      multipliers: channels of each level over ``channels``; every level but the last halves the
+        resolution.
+      num_blocks: residual blocks per level.
+      features: channels of the result.
+      attention: attend at the lowest resolution.
+      dtype: of the computation.
+    """
+
+    channels: int
+    multipliers: tuple[int, ...]
+    num_blocks: int
+    features: int
+    attention: bool
     dtype: DTypeLike
 
     @nn.compact
     def __call__(self, pictures: jax.Array) -> jax.Array:
         """Return the features of pictures."""
-        config = self.config
-        h = convolution(config.channels, 3, self.dtype, name="conv_in")(pictures)
-        last = len(config.channel_multipliers) - 1
-        for level, multiplier in enumerate(config.channel_multipliers):
+        h = convolution(self.channels, 3, self.dtype, name="conv_in")(pictures)
+        last = len(self.multipliers) - 1
+        for level, multiplier in enumerate(self.multipliers):
             h = Level(
-                channels=config.channels * multiplier,
-                num_blocks=config.num_res_blocks,
-                attention=level == last,
+                channels=self.channels * multiplier,
+                num_blocks=self.num_blocks,
+                attention=self.attention and level == last,
                 resample=None if level == last else "downsample",
                 dtype=self.dtype,
                 name=f"down_{level}",
             )(h)
-        h = nn.silu(normalize(Middle(self.dtype, name="middle")(h), self.dtype, "norm_out"))
-        return convolution(config.latent_channels, 3, self.dtype, name="conv_out")(h)
+        h = Middle(self.attention, self.dtype, name="middle")(h)
+        h = nn.silu(normalize(h, self.dtype, "norm_out"))
+        return convolution(self.features, 3, self.dtype, name="conv_out")(h)
 
 
 class Decoder(nn.Module):
-    """Features [B, h, w, latent channels] -> pictures [B, f h, f w, 3], f = downsampling.
+    """Features [B, h, w, C] -> pictures [B, f h, f w, 3], f = 2^(levels - 1).
 
     Levels keep the encoder's numbers, so the one of the highest number runs first.
+
+    Attributes:
+      channels: channels of the last level, with a multiplier of 1.
+      multipliers: channels of each level over ``channels``; every level but the first doubles the
+        resolution.
+      num_blocks: residual blocks per level.
+      attention: attend at the lowest resolution.
+      dtype: of the computation.
+      strip_bytes: see ``strips.in_strips``.
     """
 
-    config: VQVAEConfig
+    channels: int
+    multipliers: tuple[int, ...]
+    num_blocks: int
+    attention: bool
     dtype: DTypeLike
+    strip_bytes: int | None = None
 
     @nn.compact
     def __call__(self, features: jax.Array) -> jax.Array:
         """Return the pictures of features, not clamped to [-1, 1]."""
-        config = self.config
-        last = len(config.channel_multipliers) - 1
-        lowest_channels = config.channels * config.channel_multipliers[last]
+        last = len(self.multipliers) - 1
+        lowest_channels = self.channels * self.multipliers[last]
         h = convolution(lowest_channels, 3, self.dtype, name="conv_in")(features)
-        h = Middle(self.dtype, name="middle")(h)
+        h = Middle(self.attention, self.dtype, name="middle")(h)
         for level in range(last, -1, -1):
             h = Level(
-                channels=config.channels * config.channel_multipliers[level],
-                num_blocks=config.num_res_blocks + 1,
-                attention=level == last,
+                channels=self.channels * self.multipliers[level],
+                num_blocks=self.num_blocks,
+                attention=self.attention and level == last,
                 resample="upsample" if level else None,
                 dtype=self.dtype,
+                strip_bytes=self.strip_bytes,
                 name=f"up_{level}",
             )(h)
-        h = nn.silu(normalize(h, self.dtype, "norm_out"))
-        return convolution(3, 3, self.dtype, name="conv_out")(h)
+        norm = GroupNorm(self.dtype, self.strip_bytes, name="norm_out")(h)
+        return in_strips(
+            convolution(3, 3, self.dtype, name="conv_out"),
+            lambda conv, rows: conv(rows),
+            [(h, _activated(norm))],
+            3,
+            self.dtype,
+            strip_bytes=self.strip_bytes,
+        )
+
+
+def _activated(norm: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    return lambda rows: nn.silu(norm(rows))

@@ -29,9 +29,12 @@ class VQVAE(nn.Module):
 
     def setup(self) -> None:
         """Declare the parts."""
-        channels = self.config.latent_channels
-        self.encoder = Encoder(self.config, self.dtype)
-        self.decoder = Decoder(self.config, self.dtype)
+        config = self.config
+        channels = config.latent_channels
+        sizes = {"channels": config.channels, "multipliers": config.channel_multipliers}
+        common = {**sizes, "attention": True, "dtype": self.dtype}
+        self.encoder = Encoder(num_blocks=config.num_res_blocks, features=channels, **common)
+        self.decoder = Decoder(num_blocks=config.num_res_blocks + 1, **common)
         self.quantizer = MultiScaleQuantizer(self.config)
         self.quant_conv = convolution(channels, 3, jnp.float32)
         self.post_quant_conv = convolution(channels, 3, self.dtype)
