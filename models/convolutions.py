@@ -149,8 +149,8 @@ class Level(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return the level's output."""
         for index in range(self.num_blocks):
-            block = ResidualBlock(self.channels, self.dtype, self.strip_bytes, name=f"block_{index}")
-            x = block(x)
+            name = f"block_{index}"
+            x = ResidualBlock(self.channels, self.dtype, self.strip_bytes, name=name)(x)
             if self.attention:
                 x = AttentionBlock(self.dtype, name=f"attention_{index}")(x)
         if self.resample is None:
