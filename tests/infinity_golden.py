@@ -1,4 +1,4 @@
-"""Infinity's goldens (see `golden/infinity/README.md`) and the recipe weights they were made with."""
+"""Infinity's goldens (see `golden/infinity/README.md`) and their recipe weights."""
 
 import json
 import math

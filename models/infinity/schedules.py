@@ -75,14 +75,12 @@ def whole_of(schedule: ScaleSchedule) -> ScaleSchedule:
         return wholes[0]
     height, width = schedule.grids[-1]
     ratio = min(RATIOS, key=lambda name: abs(math.log(height / width / float(name))))
-    size = min(
-        SIZES,
-        key=lambda name: abs(math.log(_cut(RATIOS[ratio], SIZES[name]).tokens[-1] / height / width)),
-    )
+    sizes = {size: _cut(RATIOS[ratio], count) for size, count in SIZES.items()}
+    size = min(sizes, key=lambda size: abs(math.log(sizes[size].tokens[-1] / height / width)))
     problem = "the beginning of several schedules" if wholes else "no schedule of Infinity"
     raise AmskvError(
         f"the scales {schedule} are {problem}: the nearest is aspect {ratio} of size {size} with "
-        f"the scales {_cut(RATIOS[ratio], SIZES[size])}"
+        f"the scales {sizes[size]}"
     )
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import struct
 from jax import lax
@@ -13,6 +14,9 @@ from amskv_jax.attention import attend
 from amskv_jax.models.guidance import Guidance
 from amskv_jax.models.layers import NORM_EPSILON
 from amskv_jax.precision import precision_of
+
+Array = jax.Array | np.ndarray
+"""On a device or on the host."""
 
 
 @struct.dataclass
@@ -28,10 +32,10 @@ class TextCondition:
       negative_lengths: [B] int32 from 1 to L'; None likewise.
     """
 
-    features: jax.Array
-    lengths: jax.Array
-    negative_features: jax.Array | None = None
-    negative_lengths: jax.Array | None = None
+    features: Array
+    lengths: Array
+    negative_features: Array | None = None
+    negative_lengths: Array | None = None
 
     def rows(self, unconditional: jax.Array, guidance: Guidance) -> tuple[jax.Array, jax.Array]:
         """Return features [rows, L'', C] float32 and lengths [rows] of all rows.
@@ -40,19 +44,20 @@ class TextCondition:
           unconditional: the learned features, [text_maxlen, C].
           guidance: makes rows of pictures.
         """
-        features = self.features.astype(jnp.float32)
+        features, lengths = jnp.asarray(self.features, jnp.float32), jnp.asarray(self.lengths)
         if not guidance.paired:
-            return features, self.lengths
+            return features, lengths
         if self.negative_features is None or self.negative_lengths is None:
             table = _pad(unconditional.astype(jnp.float32), features.shape[1])
-            others, lengths = jnp.broadcast_to(table, features.shape), self.lengths
+            others, other_lengths = jnp.broadcast_to(table, features.shape), lengths
         else:
-            others, lengths = self.negative_features.astype(jnp.float32), self.negative_lengths
+            others = jnp.asarray(self.negative_features, jnp.float32)
+            other_lengths = jnp.asarray(self.negative_lengths)
             length = max(features.shape[1], others.shape[1])
             features, others = (
                 jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0))) for x in (features, others)
             )
-        return guidance.pair(features, others), guidance.pair(self.lengths, lengths)
+        return guidance.pair(features, others), guidance.pair(lengths, other_lengths)
 
 
 class RMSNorm(nn.Module):
