@@ -41,7 +41,7 @@ class Architecture(Generic[Config]):
       buffers: the buffers which the reference expects beside them.
       describe: a configuration in words.
       rename: the usual name of an entry for which the reference has several.
-      reshape: the entry of this usual name in its usual layout, where the reference has several.
+      reshape: the usual shape of the entry with this usual name, where the reference has several.
     """
 
     name: str
@@ -51,12 +51,11 @@ class Architecture(Generic[Config]):
     buffers: Callable[[Config], dict[str, np.ndarray]]
     describe: Callable[[Config], str]
     rename: Callable[[str], str] = lambda key: key
-    reshape: Callable[[str, np.ndarray], np.ndarray] = lambda key, value: value
+    reshape: Callable[[str, Shape], Shape] = lambda key, shape: shape
 
     def weights(self, state: StateDict) -> dict[str, np.ndarray]:
-        """Return the entries under their usual names and in their usual layout, no buffers."""
-        named = {self.rename(key): value for key, value in state.items() if not is_buffer(key)}
-        return {key: self.reshape(key, value) for key, value in named.items()}
+        """Return the entries under their usual names, without the buffers."""
+        return {self.rename(key): value for key, value in state.items() if not is_buffer(key)}
 
     def check_kind(self, keys: Collection[str], source: str) -> None:
         """Raise an AmskvError if the keys in ``source`` are those of another architecture."""
@@ -71,7 +70,7 @@ class Architecture(Generic[Config]):
 
     def check(self, weights: StateDict, config: Config, source: str) -> None:
         """Raise one AmskvError about all entries that are missing, unexpected or do not fit."""
-        found = {key: value.shape for key, value in weights.items()}
+        found = {key: self.reshape(key, value.shape) for key, value in weights.items()}
         problems = describe_differences(self.shapes(config), found)
         problems += [
             f"not floating point: {key} is {value.dtype}"

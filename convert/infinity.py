@@ -1,15 +1,31 @@
 """Infinity's transformer: its table, and its configuration from the shapes in a checkpoint."""
 
+import math
 import re
 
 import numpy as np
 
 from amskv_jax.convert.architecture import Architecture, rows
-from amskv_jax.convert.table import LINEAR, Rule, Shape, StateDict, Table, module, norm, squeeze
+from amskv_jax.convert.table import (
+    LINEAR,
+    Rule,
+    Shape,
+    StateDict,
+    Table,
+    Transform,
+    module,
+    norm,
+    squeeze,
+)
 from amskv_jax.errors import AmskvError
 from amskv_jax.models.infinity.config import InfinityConfig
 from amskv_jax.models.infinity.schedules import SQUARE_1M
 from amskv_jax.schedule import ScaleSchedule
+
+HEADS = Transform(
+    "1, heads, 1, 1 -> heads", lambda x: x.reshape(-1), lambda x: x.reshape(1, -1, 1, 1)
+)
+"""Also of 1, 1, heads, 1, as attention kernels with heads behind tokens need it."""
 
 TEXT = (
     Rule("cfg_uncond", "unconditional_text"),
@@ -39,11 +55,7 @@ def _block(key: str, index: str) -> tuple[Rule, ...]:
         Rule(f"{key}.sa.mat_qkv.weight", f"blocks/attention/qkv/kernel{index}", LINEAR),
         Rule(f"{key}.sa.q_bias", f"blocks/attention/query_bias{index}"),
         Rule(f"{key}.sa.v_bias", f"blocks/attention/value_bias{index}"),
-        Rule(
-            f"{key}.sa.scale_mul_1H11",
-            f"blocks/attention/log_temperature{index}",
-            squeeze(0, 2, 3),
-        ),
+        Rule(f"{key}.sa.scale_mul_1H11", f"blocks/attention/log_temperature{index}", HEADS),
         *module(f"{key}.sa.proj", "blocks/attention/out", LINEAR, index),
         *norm(f"{key}.ca_norm", "blocks/cross_norm", index),
         *module(f"{key}.ca.mat_q", "blocks/cross/query", LINEAR, index),
@@ -60,7 +72,7 @@ TABLE = Table(
         *TEXT,
         *WHOLE,
         *_block("blocks.{layer}", "[{layer}]"),
-        *_block("block_chunks.{chunk}.module.{layer}", "[{chunk},{layer}]"),
+        *_block("block_chunks.{chunk}.module.{layer}", "[{chunk}.{layer}]"),
     )
 )
 
@@ -131,9 +143,10 @@ def describe(config: InfinityConfig) -> str:
     )
 
 
-def reshape(key: str, value: np.ndarray) -> np.ndarray:
-    """Return an entry in the usual layout: some checkpoints hold heads on the third axis."""
-    return value.reshape(1, -1, 1, 1) if key.endswith(".sa.scale_mul_1H11") else value
+def reshape(key: str, shape: Shape) -> Shape:
+    """Return the usual shape of an entry: in some checkpoints heads lie on the third axis."""
+    heads = key.endswith(".sa.scale_mul_1H11") and sorted(shape)[:3] == [1, 1, 1]
+    return (1, math.prod(shape), 1, 1) if heads else shape
 
 
 INFINITY = Architecture(
@@ -178,12 +191,14 @@ def infer_config(
         raise AmskvError(
             f"{source} has no scale_mul_1H11: Infinity without normalised queries is not supported"
         )
-    hidden = next((len(v) for key, v in state.items() if key.endswith(".ffn.fc1.bias")), 4 * width)
+    hidden = next(
+        (v.shape[0] for key, v in state.items() if key.endswith(".ffn.fc1.bias")), 4 * width
+    )
     try:
         return InfinityConfig(
             depth=len(blocks),
             width=width,
-            num_heads=state[temperatures[0]].size,
+            num_heads=math.prod(state[temperatures[0]].shape),
             bits=rows(state, "word_embed.weight", width, default=InfinityConfig.bits),
             schedule=schedule,
             text_channels=channels,

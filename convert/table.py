@@ -3,7 +3,7 @@
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -55,13 +55,13 @@ class Place:
 
     Attributes:
       path: the parameter, its names joined by slashes.
-      index: numbers by which the entries of one parameter are ordered on its leading axis, or None
-        if the entry is all of it.
+      index: position on the parameter's leading axis, or None if the entry is all of it. Where
+        entries are numbered in groups, their numbers, which order them.
       transform: the change of layout.
     """
 
     path: str
-    index: tuple[int, ...] | None
+    index: int | tuple[int, ...] | None
     transform: Transform
 
 
@@ -72,8 +72,8 @@ class Rule:
     Attributes:
       key: the reference's name, with placeholders such as ``{layer}`` for words or numbers.
       place: path of the parameter with the same placeholders; a suffix such as ``[{layer}]`` says
-        that the entry is one of several which are stacked on a leading axis; ``[{group},{layer}]``
-        that they are numbered within groups.
+        that the entry is one of several which are stacked on a leading axis; ``[{group}.{layer}]``
+        that they are numbered anew in every group.
       transform: the change of layout.
     """
 
@@ -91,8 +91,8 @@ class Rule:
         if match is None:
             return None
         path, _, index = self.place.format(**match.groupdict()).partition("[")
-        numbers = tuple(map(int, index[:-1].split(","))) if index else None
-        return Place(path, numbers, self.transform)
+        numbers = tuple(map(int, index[:-1].split("."))) if index else (None,)
+        return Place(path, numbers if len(numbers) > 1 else numbers[0], self.transform)
 
 
 def module(key: str, place: str, transform: Transform, index: str = "") -> tuple[Rule, Rule]:
@@ -146,13 +146,13 @@ class Table:
           Nested dicts of NumPy arrays.
         """
         params = {}
-        for path, members in self._members(state).items():
-            key, place = members[0]
+        for path, members in self.places(state).items():
+            key, place = next(iter(members.items()))
             shape = place.transform.forward(state[key]).shape
             stack = () if place.index is None else (len(members),)
             params[path] = np.empty((*stack, *shape), dtype(path))
-            for position, (key, place) in enumerate(members):
-                where = ... if place.index is None else position
+            for key, place in members.items():
+                where = ... if place.index is None else place.index
                 params[path][where] = place.transform.forward(state[key])
                 progress(state[key].nbytes)
         return unflatten_dict(params, sep="/")
@@ -161,32 +161,41 @@ class Table:
         """Return views of the parameters under the reference's keys and in its layout."""
         flat = flatten_dict(params, sep="/")
         state = {}
-        for path, members in self._members(keys).items():
+        for path, members in self.places(keys).items():
             array = np.asarray(flat[path])
-            for position, (key, place) in enumerate(members):
-                own = array if place.index is None else array[position]
+            for key, place in members.items():
+                own = array if place.index is None else array[place.index]
                 state[key] = place.transform.inverse(own)
         return state
 
+    def places(self, keys: Iterable[str]) -> dict[str, dict[str, Place]]:
+        """Return which entries make each parameter: path -> key -> place.
+
+        Entries that are numbered in groups get their positions here, as all of them are known.
+        """
+        result: dict[str, dict[str, Place]] = defaultdict(dict)
+        for key in keys:
+            place = self._place(key)
+            result[place.path][key] = place
+        for path, members in result.items():
+            indices = {place.index for place in members.values()}
+            numbers = sorted(index for index in indices if isinstance(index, tuple))
+            positions = {index: position for position, index in enumerate(numbers)}
+            result[path] = {
+                key: replace(place, index=positions.get(place.index, place.index))
+                for key, place in members.items()
+            }
+        return result
+
     def param_shapes(self, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
         """Return the parameters' {path: shape} from the shapes of the entries."""
-        result: dict[str, Shape] = {}
-        for path, members in self._members(shapes).items():
-            key, place = members[0]
+        result = {}
+        for path, members in self.places(shapes).items():
+            key, place = next(iter(members.items()))
             # A view of one zero has the shape but not the size.
             one = place.transform.forward(np.broadcast_to(np.float32(0), shapes[key])).shape
             result[path] = one if place.index is None else (len(members), *one)
         return result
-
-    def _members(self, keys: Iterable[str]) -> dict[str, list[tuple[str, Place]]]:
-        """Return the entries of every parameter, in their order on its leading axis."""
-        members: dict[str, list[tuple[str, Place]]] = defaultdict(list)
-        for key in keys:
-            place = self._place(key)
-            members[place.path].append((key, place))
-        for own in members.values():
-            own.sort(key=lambda member: member[1].index or ())
-        return members
 
     def _place(self, key: str) -> Place:
         place = self.find(key)
