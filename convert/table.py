@@ -177,14 +177,10 @@ class Table:
         for key in keys:
             place = self._place(key)
             result[place.path][key] = place
-        for path, members in result.items():
-            indices = {place.index for place in members.values()}
-            numbers = sorted(index for index in indices if isinstance(index, tuple))
-            positions = {index: position for position, index in enumerate(numbers)}
-            result[path] = {
-                key: replace(place, index=positions.get(place.index, place.index))
-                for key, place in members.items()
-            }
+        for members in result.values():
+            numbers = [(p.index, key) for key, p in members.items() if isinstance(p.index, tuple)]
+            for position, (_, key) in enumerate(sorted(numbers)):
+                members[key] = replace(members[key], index=position)
         return result
 
     def param_shapes(self, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
