@@ -12,6 +12,7 @@ from amskv_jax.models.infinity.config import InfinityConfig
 from amskv_jax.models.infinity.model import InfinityModel
 from amskv_jax.models.infinity.prompts import Prompts, TextFeatures
 from amskv_jax.models.infinity.schedules import schedule_of
+from amskv_jax.models.infinity.transformer import Infinity
 from amskv_jax.plan.shape import CacheShape
 from amskv_jax.schedule import VAR_256, ScaleSchedule
 
@@ -49,6 +50,21 @@ def test_one_model_draws_all_sizes(model):
 
 def test_cache_shape():
     assert MODEL.cache_shape(SQUARE) == CacheShape(SQUARE, 32, 16, 128)
+
+
+def test_bytes_of_the_texts_keys_and_values():
+    assert MODEL.text_bytes(2, 512, "bfloat16") == 2**28
+    model = InfinityModel(InfinityConfig(3, 128, 2, bits=4, text_channels=128), BSQConfig(4))
+    transformer = Infinity(model.transformer, SQUARE, jnp.bfloat16)
+    condition, features = model.example(5), jnp.zeros((5, SQUARE.total - 1, 4))
+
+    def prepare():
+        params = transformer.init(jax.random.key(0), condition, features)
+        return transformer.bind(params).prepare(condition, Guidance()).layers
+
+    layers = jax.eval_shape(prepare)
+    held = sum(x.size * x.dtype.itemsize for x in (layers.key, layers.value))
+    assert model.text_bytes(10, 64, "bfloat16") == held
 
 
 def test_where_guidance_acts():

@@ -71,6 +71,17 @@ class InfinityModel:
         config = self.transformer
         return CacheShape(schedule, config.depth, config.num_heads, config.head_dim)
 
+    def text_bytes(self, rows: int, tokens: int, dtype: str) -> int:
+        """Return the bytes of the texts' keys and values in all blocks, which drawing holds.
+
+        Args:
+          rows: of the batch; with guidance two per picture.
+          tokens: to which the texts are padded, see ``prompts.bucket_of``.
+          dtype: "float32" or "bfloat16".
+        """
+        config = self.transformer
+        return 2 * config.depth * rows * tokens * config.width * jnp.dtype(dtype).itemsize
+
     def picture_size(self, schedule: ScaleSchedule) -> tuple[int, int]:
         """Return (height, width) in pixels."""
         return self.tokenizer.picture_size(schedule)
