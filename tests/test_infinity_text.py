@@ -68,13 +68,15 @@ def test_texts_are_padded_to_the_bucket_of_the_longest():
     given, lengths = features(3, 70, 5)
     prompts = Prompts(CONFIG, TextFeatures(given, lengths, texts=("a", "b", "c")))
     assert (len(prompts), prompts.captions()) == (3, ("a", "b", "c"))
-    batch = prompts.batch(np.array([2, 0]))  # both are short, but not the whole
+    assert prompts.classes(np.arange(2)) is None
+    batch = prompts.batch(np.array([2, 3]))  # both are short, but not the whole
     chex.assert_shape(batch.features, (2, 100, 128))
     np.testing.assert_array_equal(batch.lengths, [5, 3])
     np.testing.assert_array_equal(batch.features[0, :5], given[73:])
     np.testing.assert_array_equal(batch.features[1, :3], given[:3])
     assert not batch.features[0, 5:].any()
     assert batch.negative_features is None
+    assert Prompts(CONFIG, TextFeatures(given, lengths)).captions()[2] == "prompt 2"
 
 
 def test_one_negative_prompt_serves_all():

@@ -38,7 +38,7 @@ class TextFeatures:
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
-    """``protocol.Conditions`` of text features.
+    """Numbered texts; beyond the last they begin again. See ``protocol.Conditions``.
 
     Attributes:
       config: of the transformer that draws them.
@@ -84,14 +84,18 @@ class Prompts:
 
     def batch(self, numbers: np.ndarray) -> TextCondition:
         """Return the condition of the pictures with these numbers [B], as host arrays."""
+        numbers = numbers % len(self)
         features, lengths = self._padded([self._parts[number] for number in numbers])
         if not self._negative_parts:
             return TextCondition(features, lengths)
-        last = len(self._negative_parts) - 1  # a single one serves all
-        negative = [self._negative_parts[min(number, last)] for number in numbers]
+        count = len(self._negative_parts)  # a single one serves all
+        negative = [self._negative_parts[number % count] for number in numbers]
         return TextCondition(features, lengths, *self._padded(negative))
 
-    def captions(self) -> Sequence[str]:
+    def classes(self, numbers: np.ndarray) -> None:
+        """Return None: texts have no classes."""
+
+    def captions(self, classes: Sequence[str] = ()) -> Sequence[str]:
         """Return the prompts, or their numbers where the texts are unknown."""
         return self.wanted.texts or tuple(f"prompt {number}" for number in range(len(self)))
 
