@@ -78,12 +78,12 @@ def test_where_guidance_acts():
 @pytest.mark.parametrize("entry", [1, -32, -40])
 def test_guidance_at_a_block_that_does_not_exist(entry):
     said = message(MODEL.guidance, Drawing(cfg=3.0, guide=(0, entry)))
-    assert f"cannot act at {entry}: expected 0 (logits) or -n" in said
-    assert "n from 1 to 31" in said
+    assert f"cannot act at {entry}: expected 0 (on the logits), or -n" in said
+    assert "-1 to -31" in said
 
 
 def test_guidance_must_act_somewhere():
-    assert "must act somewhere" in message(MODEL.guidance, Drawing(cfg=3.0, guide=()))
+    assert "guidance acts nowhere" in message(MODEL.guidance, Drawing(cfg=3.0, guide=()))
 
 
 def test_strength_and_temperature_of_every_scale():

@@ -124,18 +124,7 @@ class InfinityModel:
         """
         if np.all(np.asarray(drawing.cfg) == 1):
             return UNGUIDED
-        depth = self.transformer.depth
-        for entry in drawing.guide:
-            # The first block cannot be guided: the reference counts from 1.
-            if not -depth < entry <= 0:
-                raise UsageError(
-                    f"guidance cannot act at {entry}: expected 0 (logits) or -n, the n-th block "
-                    f"from the end, with n from 1 to {depth - 1}"
-                )
-        if not drawing.guide:
-            raise UsageError("guidance of another strength than 1 must act somewhere: 0 is logits")
-        layers = {depth + entry for entry in drawing.guide if entry}
-        return Guidance(on_logits=0 in drawing.guide, on_layers=tuple(sorted(layers)))
+        return Guidance.at(drawing.guide, self.transformer.depth)
 
     def controls(self, schedule: ScaleSchedule, drawing: Drawing) -> Controls:
         """Return strength and temperature of every scale.
