@@ -57,8 +57,9 @@ def attend(
     value: jax.Array,
     scale: float,
     implementation: Implementation = "auto",
+    lengths: jax.Array | None = None,
 ) -> jax.Array:
-    """Return softmax(scale * query key^T) value, all queries seeing all keys.
+    """Return softmax(scale * query key^T) value, all queries of a row seeing all its keys.
 
     Args:
       query: [rows, T, heads, head_dim].
@@ -66,26 +67,38 @@ def attend(
       value: like ``key``.
       scale: factor of the logits.
       implementation: the back end, see ``choose_implementation``; fixed when the call is traced.
+      lengths: how many keys every row has, [rows] int32 from 1 to S; what comes after them is
+        padding, which must be finite. None for S.
 
     Returns:
       [rows, T, heads, head_dim] in the query's dtype. The softmax is computed in float32.
     """
     if choose_implementation(implementation, query.dtype, query.shape[-1]) == "cudnn":
-        return jax.nn.dot_product_attention(query, key, value, scale=scale, implementation="cudnn")
+        return jax.nn.dot_product_attention(
+            query,
+            key,
+            value,
+            scale=scale,
+            implementation="cudnn",
+            key_value_seq_lengths=lengths,
+        )
     bound = CPU_LOGITS_BYTES if jax.default_backend() == "cpu" else LOGITS_BYTES
     queries = bound // (query.shape[2] * key.shape[1] * 4)
     if queries >= query.shape[0] * query.shape[1]:
-        return _exact(query, key, value, scale)
+        return _exact(query, key, value, scale, lengths)
 
-    def attend_row(qkv: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        query, key, value = qkv
+    def attend_row(row: tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]) -> jax.Array:
+        query, key, value, length = row
         if queries >= len(query):
-            return _exact(query, key, value, scale)
+            return _exact(query, key, value, scale, length)
         return lax.map(
-            lambda own: _exact(own[None], key, value, scale)[0], query, batch_size=max(queries, 1)
+            lambda own: _exact(own[None], key, value, scale, length)[0],
+            query,
+            batch_size=max(queries, 1),
         )
 
-    return lax.map(attend_row, (query, key, value), batch_size=max(queries // query.shape[1], 1))
+    batch_size = max(queries // query.shape[1], 1)
+    return lax.map(attend_row, (query, key, value, lengths), batch_size=batch_size)
 
 
 def attend_block_causal(
@@ -123,7 +136,14 @@ def attend_block_causal(
     return jnp.concatenate(parts, axis=1)
 
 
-def _exact(query: jax.Array, key: jax.Array, value: jax.Array, scale: float) -> jax.Array:
+def _exact(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    scale: float,
+    lengths: jax.Array | None = None,
+) -> jax.Array:
+    """Attend with all logits at once, for one row or several."""
     precision = precision_of(query.dtype)
     query, key, value = (jnp.swapaxes(x, -2, -3) for x in (query, key, value))
     logits = jnp.einsum(
@@ -133,6 +153,10 @@ def _exact(query: jax.Array, key: jax.Array, value: jax.Array, scale: float) -> 
         precision=precision,
         preferred_element_type=jnp.float32,
     )
-    weights = jax.nn.softmax(scale * logits, axis=-1).astype(value.dtype)
+    logits = scale * logits
+    if lengths is not None:
+        is_key = jnp.arange(key.shape[-2]) < lengths[..., None, None, None]
+        logits = jnp.where(is_key, logits, -jnp.inf)
+    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
     output = jnp.einsum("...ts,...sd->...td", weights, value, precision=precision)
     return jnp.swapaxes(output, -2, -3)

@@ -41,6 +41,7 @@ class Architecture(Generic[Config]):
       buffers: the buffers which the reference expects beside them.
       describe: a configuration in words.
       rename: the usual name of an entry for which the reference has several.
+      reshape: the usual shape of the entry with this usual name, where the reference has several.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Architecture(Generic[Config]):
     buffers: Callable[[Config], dict[str, np.ndarray]]
     describe: Callable[[Config], str]
     rename: Callable[[str], str] = lambda key: key
+    reshape: Callable[[str, Shape], Shape] = lambda key, shape: shape
 
     def weights(self, state: StateDict) -> dict[str, np.ndarray]:
         """Return the entries under their usual names, without the buffers."""
@@ -68,7 +70,7 @@ class Architecture(Generic[Config]):
 
     def check(self, weights: StateDict, config: Config, source: str) -> None:
         """Raise one AmskvError about all entries that are missing, unexpected or do not fit."""
-        found = {key: value.shape for key, value in weights.items()}
+        found = {key: self.reshape(key, value.shape) for key, value in weights.items()}
         problems = describe_differences(self.shapes(config), found)
         problems += [
             f"not floating point: {key} is {value.dtype}"

@@ -3,7 +3,7 @@
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -55,12 +55,13 @@ class Place:
 
     Attributes:
       path: the parameter, its names joined by slashes.
-      index: position on the parameter's leading axis, or None if the entry is all of it.
+      index: position on the parameter's leading axis, or None if the entry is all of it. Where
+        entries are numbered in groups, their numbers, which order them.
       transform: the change of layout.
     """
 
     path: str
-    index: int | None
+    index: int | tuple[int, ...] | None
     transform: Transform
 
 
@@ -71,7 +72,8 @@ class Rule:
     Attributes:
       key: the reference's name, with placeholders such as ``{layer}`` for words or numbers.
       place: path of the parameter with the same placeholders; a suffix such as ``[{layer}]`` says
-        that the entry is one of several which are stacked on a leading axis.
+        that the entry is one of several which are stacked on a leading axis; ``[{group}.{layer}]``
+        that they are numbered anew in every group.
       transform: the change of layout.
     """
 
@@ -89,7 +91,8 @@ class Rule:
         if match is None:
             return None
         path, _, index = self.place.format(**match.groupdict()).partition("[")
-        return Place(path, int(index[:-1]) if index else None, self.transform)
+        numbers = tuple(map(int, index[:-1].split("."))) if index else (None,)
+        return Place(path, numbers if len(numbers) > 1 else numbers[0], self.transform)
 
 
 def module(key: str, place: str, transform: Transform, index: str = "") -> tuple[Rule, Rule]:
@@ -100,9 +103,12 @@ def module(key: str, place: str, transform: Transform, index: str = "") -> tuple
     )
 
 
-def norm(key: str, place: str) -> tuple[Rule, Rule]:
+def norm(key: str, place: str, index: str = "") -> tuple[Rule, Rule]:
     """Return the rules of a normalisation's weight (our scale) and bias."""
-    return Rule(f"{key}.weight", f"{place}/scale"), Rule(f"{key}.bias", f"{place}/bias")
+    return (
+        Rule(f"{key}.weight", f"{place}/scale{index}"),
+        Rule(f"{key}.bias", f"{place}/bias{index}"),
+    )
 
 
 @dataclass(frozen=True)
@@ -139,17 +145,13 @@ class Table:
         Returns:
           Nested dicts of NumPy arrays.
         """
-        entries: dict[str, list[tuple[str, Place]]] = defaultdict(list)
-        for key in state:
-            place = self._place(key)
-            entries[place.path].append((key, place))
         params = {}
-        for path, members in entries.items():
-            key, place = members[0]
+        for path, members in self.places(state).items():
+            key, place = next(iter(members.items()))
             shape = place.transform.forward(state[key]).shape
             stack = () if place.index is None else (len(members),)
             params[path] = np.empty((*stack, *shape), dtype(path))
-            for key, place in members:
+            for key, place in members.items():
                 where = ... if place.index is None else place.index
                 params[path][where] = place.transform.forward(state[key])
                 progress(state[key].nbytes)
@@ -159,26 +161,36 @@ class Table:
         """Return views of the parameters under the reference's keys and in its layout."""
         flat = flatten_dict(params, sep="/")
         state = {}
+        for path, members in self.places(keys).items():
+            array = np.asarray(flat[path])
+            for key, place in members.items():
+                own = array if place.index is None else array[place.index]
+                state[key] = place.transform.inverse(own)
+        return state
+
+    def places(self, keys: Iterable[str]) -> dict[str, dict[str, Place]]:
+        """Return which entries make each parameter: path -> key -> place.
+
+        Entries that are numbered in groups get their positions here, as all of them are known.
+        """
+        result: dict[str, dict[str, Place]] = defaultdict(dict)
         for key in keys:
             place = self._place(key)
-            array = np.asarray(flat[place.path])
-            state[key] = place.transform.inverse(
-                array if place.index is None else array[place.index]
-            )
-        return state
+            result[place.path][key] = place
+        for members in result.values():
+            numbers = [(p.index, key) for key, p in members.items() if isinstance(p.index, tuple)]
+            for position, (_, key) in enumerate(sorted(numbers)):
+                members[key] = replace(members[key], index=position)
+        return result
 
     def param_shapes(self, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
         """Return the parameters' {path: shape} from the shapes of the entries."""
-        result: dict[str, Shape] = {}
-        for key, shape in shapes.items():
-            place = self._place(key)
+        result = {}
+        for path, members in self.places(shapes).items():
+            key, place = next(iter(members.items()))
             # A view of one zero has the shape but not the size.
-            one = place.transform.forward(np.broadcast_to(np.float32(0), shape)).shape
-            if place.index is None:
-                result[place.path] = one
-            else:
-                length, *_ = result.get(place.path, (0,))
-                result[place.path] = (max(length, place.index + 1), *one)
+            one = place.transform.forward(np.broadcast_to(np.float32(0), shapes[key])).shape
+            result[path] = one if place.index is None else (len(members), *one)
         return result
 
     def _place(self, key: str) -> Place:

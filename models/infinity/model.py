@@ -1,0 +1,139 @@
+"""Infinity as the rest of the package knows it, see ``models.protocol``."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+
+from amskv_jax.errors import AmskvError, UsageError
+from amskv_jax.models.guidance import UNGUIDED, Controls, Drawing, Guidance, per_scale
+from amskv_jax.models.infinity.bsq_config import BSQConfig
+from amskv_jax.models.infinity.config import InfinityConfig
+from amskv_jax.models.infinity.prompts import Prompts, TextFeatures, bucket_of
+from amskv_jax.models.infinity.schedules import whole_of
+from amskv_jax.models.infinity.text import TextCondition
+from amskv_jax.models.infinity.transformer import Infinity
+from amskv_jax.models.infinity.vae import BSQVAE
+from amskv_jax.models.protocol import Tokenizer, Transformer
+from amskv_jax.plan.shape import CacheShape
+from amskv_jax.schedule import ScaleSchedule
+
+
+@dataclass(frozen=True)
+class InfinityModel:
+    """A text-to-image model of the Infinity family (arXiv 2412.04431).
+
+    Attributes:
+      transformer: shape of the transformer.
+      tokenizer: shape of the BSQ-VAE.
+
+    Raises:
+      AmskvError: if they do not belong together.
+    """
+
+    kind: ClassVar[str] = "infinity"
+    drawing: ClassVar[Drawing] = Drawing(cfg=4.0, tau=0.5, top_k=0, top_p=0.97)
+
+    transformer: InfinityConfig
+    tokenizer: BSQConfig
+
+    def __post_init__(self) -> None:
+        found, expected = self.tokenizer.token_bits, self.transformer.bits
+        if found != expected:
+            raise AmskvError(
+                f"the tokenizer has {found} bits per token, the transformer {expected}: "
+                "they do not belong together"
+            )
+
+    @property
+    def parts(self) -> Mapping[str, Any]:
+        """The configuration of every part that has weights."""
+        return {"transformer": self.transformer, "tokenizer": self.tokenizer}
+
+    @property
+    def schedule(self) -> ScaleSchedule:
+        """The schedule that is drawn unless another is asked for."""
+        return self.transformer.schedule
+
+    def check_schedule(self, schedule: ScaleSchedule) -> None:
+        """Raise an AmskvError, naming the nearest, if it is no schedule of the family."""
+        whole_of(schedule)
+        levels = self.transformer.num_levels
+        if schedule.num_scales > levels:
+            raise AmskvError(
+                f"the schedule has {schedule.num_scales} scales, the transformer knows {levels}"
+            )
+
+    def cache_shape(self, schedule: ScaleSchedule) -> CacheShape:
+        """Return what is cached."""
+        config = self.transformer
+        return CacheShape(schedule, config.depth, config.num_heads, config.head_dim)
+
+    def text_bytes(self, rows: int, tokens: int, dtype: str) -> int:
+        """Return the bytes of the texts' keys and values in all blocks, which drawing holds.
+
+        Args:
+          rows: of the batch; with guidance two per picture.
+          tokens: to which the texts are padded, see ``prompts.bucket_of``.
+          dtype: "float32" or "bfloat16".
+        """
+        config = self.transformer
+        return 2 * config.depth * rows * tokens * config.width * jnp.dtype(dtype).itemsize
+
+    def picture_size(self, schedule: ScaleSchedule) -> tuple[int, int]:
+        """Return (height, width) in pixels."""
+        return self.tokenizer.picture_size(schedule)
+
+    def bind(
+        self, params: Mapping[str, Any], schedule: ScaleSchedule, dtype: str
+    ) -> tuple[Transformer, Tokenizer]:
+        """Return the two halves with their weights, as far as ``params`` has them."""
+        transformer = Infinity(self.transformer, schedule, jnp.dtype(dtype))
+        tokenizer = BSQVAE(self.tokenizer, schedule, jnp.dtype(dtype))
+        return (
+            transformer.bind({"params": params.get("transformer", {})}),
+            tokenizer.bind({"params": params.get("tokenizer", {})}),
+        )
+
+    def conditions(self, wanted: Any) -> Prompts:
+        """Return text features as numbered conditions.
+
+        Raises:
+          UsageError: if it is something else, or the features do not fit the transformer.
+        """
+        if not isinstance(wanted, TextFeatures):
+            raise UsageError(
+                f"Infinity draws TextFeatures, not {type(wanted).__name__}: encode prompts first"
+            )
+        return Prompts(self.transformer, wanted)
+
+    def example(self, batch: int) -> TextCondition:
+        """Return features of ``batch`` texts that fill the smallest bucket."""
+        length = bucket_of(1, self.transformer)
+        shape = (batch, length, self.transformer.text_channels)
+        features = np.random.default_rng(0).standard_normal(shape, np.float32)
+        return TextCondition(0.5 * features, np.full(batch, length, np.int32))
+
+    def guidance(self, drawing: Drawing) -> Guidance:
+        """Return where guidance acts; nowhere, with one row per picture, if every cfg is 1.
+
+        Raises:
+          UsageError: if a block does not exist, or guidance acts nowhere although it is wanted.
+        """
+        if np.all(np.asarray(drawing.cfg) == 1):
+            return UNGUIDED
+        return Guidance.at(drawing.guide, self.transformer.depth)
+
+    def controls(self, schedule: ScaleSchedule, drawing: Drawing) -> Controls:
+        """Return strength and temperature of every scale.
+
+        Raises:
+          UsageError: if there are neither one nor S numbers, or one is out of range.
+        """
+        strength = per_scale(drawing.cfg, schedule, "cfg")
+        temperature = per_scale(drawing.tau, schedule, "tau")
+        if not (temperature > 0).all():
+            raise UsageError(f"tau must be positive, not {temperature.min()}")
+        return Controls(jnp.asarray(strength), jnp.asarray(temperature))
