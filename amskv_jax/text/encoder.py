@@ -77,7 +77,14 @@ class TextEncoder:
             )
         features, lengths = self._encode(prompts, "prompt")
         others = (None, None) if negative is None else self._encode(negative, "negative prompt")
-        return TextFeatures(features, lengths, *others, tuple(prompts), self.fingerprint)
+        return TextFeatures(
+            features=features,
+            lengths=lengths,
+            negative_features=others[0],
+            negative_lengths=others[1],
+            texts=tuple(prompts),
+            encoder=self.fingerprint,
+        )
 
     def _encode(self, prompts: Sequence[str], what: str) -> tuple[np.ndarray, np.ndarray]:
         """Return the features of all prompts, laid end to end, and their lengths.
@@ -128,6 +135,5 @@ def encode(
       dtype: of the products.
     """
     mask = jnp.arange(tokens.shape[1]) < jnp.asarray(lengths)[:, None]
-    encoder = T5Encoder(config, jnp.dtype(dtype))
-    features: jax.Array = encoder.apply({"params": params}, tokens, mask)
+    features: Any = T5Encoder(config, jnp.dtype(dtype)).apply({"params": params}, tokens, mask)
     return features
