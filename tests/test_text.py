@@ -22,6 +22,7 @@ from amskv_jax.text import (
     TextEncoder,
     TextFeatures,
     read_features,
+    read_prompts,
     write_features,
 )
 from amskv_jax.text.encoder import encode
@@ -31,7 +32,9 @@ PROMPTS = ["a red fox in the snow", "the sea", "A blue bird, " + 20 * "in the ni
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return PromptTokenizer(save_tokenizer(tmp_path_factory.mktemp("text") / "tokenizer.json"))
+    folder = tmp_path_factory.mktemp("text")
+    save_tokenizer(folder / "tokenizer.json")
+    return PromptTokenizer.read(folder)
 
 
 @pytest.fixture(scope="module")
@@ -153,18 +156,30 @@ def test_prompts_that_cannot_be_encoded(encoder, prompts, text):
 
 
 def test_tokenizers_that_do_not_fit(tokenizer, tmp_path, monkeypatch):
-    assert "missing.json cannot be read" in message(PromptTokenizer, tmp_path / "missing.json")
+    assert "missing.json cannot be read" in message(PromptTokenizer.read, tmp_path / "missing.json")
     (tmp_path / "empty.json").write_text("{}")
-    assert "empty.json cannot be read" in message(PromptTokenizer, tmp_path / "empty.json")
+    assert "empty.json cannot be read" in message(PromptTokenizer.read, tmp_path / "empty.json")
+    assert "tokenizer.json cannot be read" in message(PromptTokenizer, b"\xff")
     endless = save_tokenizer(tmp_path / "endless.json", end=False)
-    assert "puts no </s> at the end" in message(PromptTokenizer, endless)
+    assert "puts no </s> at the end" in message(PromptTokenizer.read, endless)
     small = dataclasses.replace(NARROW, vocab_size=20)
     text = message(TextEncoder, small, {}, tokenizer)
     assert "they do not belong together" in text
     with pytest.raises(UsageError, match="batch of 0"):
         TextEncoder(NARROW, {}, tokenizer, batch=0)
     monkeypatch.setitem(sys.modules, "tokenizers", None)  # as if it was not installed
-    assert "pip install 'amskv-jax[text]'" in message(PromptTokenizer, endless)
+    assert "pip install 'amskv-jax[text]'" in message(PromptTokenizer.read, endless)
+
+
+def test_prompts_of_a_file(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffa red fox\r\n\n  the sea, 雪\u2028and snow \n".encode())
+    assert read_prompts(path) == ["a red fox", "the sea, 雪\u2028and snow"]
+    path.write_bytes(b"a fox\n\xff\n")
+    assert "not UTF-8 text: see line 2" in message(read_prompts, path)
+    path.write_text(" \n")
+    assert "holds no prompt" in message(read_prompts, path)
+    assert "cannot be read: No such file" in message(read_prompts, tmp_path / "missing.txt")
 
 
 def test_files_give_back_what_was_written(encoder, tmp_path, text):

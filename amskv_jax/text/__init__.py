@@ -2,7 +2,7 @@
 
 from amskv_jax.text.encoder import TextEncoder
 from amskv_jax.text.features import TextFeatures, read_features, write_features
-from amskv_jax.text.prompts import PromptCutWarning, PromptTokenizer
+from amskv_jax.text.prompts import PromptCutWarning, PromptTokenizer, read_prompts
 
 __all__ = [
     "PromptCutWarning",
@@ -10,5 +10,6 @@ __all__ = [
     "TextEncoder",
     "TextFeatures",
     "read_features",
+    "read_prompts",
     "write_features",
 ]

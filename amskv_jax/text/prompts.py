@@ -3,12 +3,14 @@
 import os
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 from amskv_jax.errors import AmskvError, UsageError
 
 MAX_TOKENS = 512
 """Longest prompt, its end token included; the one Infinity was trained with."""
 
+TOKENIZER_FILE = "tokenizer.json"
 END = "</s>"
 LAST_WORDS, LAST_CHARACTERS = 6, 60
 
@@ -25,8 +27,12 @@ class PromptTokenizer:
       end: the number of the token which stands at the end of every prompt.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Read ``tokenizer.json``, as the Hugging Face hub has it.
+    def __init__(self, content: bytes, source: str = TOKENIZER_FILE) -> None:
+        """Make a tokenizer of a ``tokenizer.json`` as the Hugging Face hub has it.
+
+        Args:
+          content: of the file.
+          source: what to call it in messages.
 
         Raises:
           AmskvError: if it cannot be read, puts no ``</s>`` at the end of a prompt, or the library
@@ -40,17 +46,34 @@ class PromptTokenizer:
                 "pip install 'amskv-jax[text]', or give text features instead"
             ) from error
         try:
-            self._tokenizer = Tokenizer.from_file(str(path))
+            self._tokenizer = Tokenizer.from_str(content.decode())
         except Exception as error:  # the library raises no narrower type
-            raise AmskvError(f"the tokenizer {path} cannot be read: {error}") from error
+            raise AmskvError(f"the tokenizer {source} cannot be read: {error}") from error
         # A file may ask for either; lengths are ours to decide.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         ids: list[int] = self._tokenizer.encode("").ids
         if not ids or ids[-1] != self._tokenizer.token_to_id(END):
-            raise AmskvError(f"the tokenizer {path} puts no {END} at the end of a prompt: not T5's")
+            raise AmskvError(
+                f"the tokenizer {source} puts no {END} at the end of a prompt: not T5's"
+            )
         self.end = ids[-1]
         self.size: int = max(self._tokenizer.get_vocab().values()) + 1
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> "PromptTokenizer":
+        """Read a file, or ``tokenizer.json`` in a folder.
+
+        Raises:
+          AmskvError: as the constructor does, or if there is no such file.
+        """
+        path = Path(path)
+        path = path / TOKENIZER_FILE if path.is_dir() else path
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise AmskvError(f"the tokenizer {path} cannot be read: {error.strerror}") from error
+        return cls(content, str(path))
 
     def __call__(self, prompts: Sequence[str], what: str = "prompt") -> list[list[int]]:
         """Return the tokens of every prompt, which messages call ``what``; the end token last.
@@ -94,3 +117,24 @@ def _last_words(text: str) -> str:
     """Return the end of a text, from the beginning of a word if words are short."""
     words = text.split()[-LAST_WORDS:]
     return " ".join(words)[-LAST_CHARACTERS:]
+
+
+def read_prompts(path: str | os.PathLike[str]) -> list[str]:
+    """Return the prompts in a text file (UTF-8), one on each line; empty lines are left out.
+
+    Raises:
+      AmskvError: if the file cannot be read, or holds none.
+    """
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise AmskvError(f"the prompts {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise AmskvError(f"the prompts {path} are not UTF-8 text: see line {line}") from error
+    # Not splitlines, which would also part a prompt at rarer characters.
+    prompts = [line.strip() for line in text.replace("\r\n", "\n").split("\n")]
+    prompts = [prompt for prompt in prompts if prompt]
+    if not prompts:
+        raise AmskvError(f"{path} holds no prompt: expected one on each line")
+    return prompts
