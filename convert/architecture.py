@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import jax.numpy as jnp
@@ -42,6 +42,9 @@ class Architecture(Generic[Config]):
       describe: a configuration in words.
       rename: the usual name of an entry for which the reference has several.
       reshape: the usual shape of the entry with this usual name, where the reference has several.
+      aliases: entries which are the same tensor as another, {name: that of the other}. One of the
+        two suffices; both are written.
+      foreign: beginnings of the names of other models' entries that may lie in the same file.
     """
 
     name: str
@@ -52,10 +55,20 @@ class Architecture(Generic[Config]):
     describe: Callable[[Config], str]
     rename: Callable[[str], str] = lambda key: key
     reshape: Callable[[str, Shape], Shape] = lambda key, shape: shape
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    foreign: tuple[str, ...] = ()
 
     def weights(self, state: StateDict) -> dict[str, np.ndarray]:
-        """Return the entries under their usual names, without the buffers."""
-        return {self.rename(key): value for key, value in state.items() if not is_buffer(key)}
+        """Return the entries under their usual names, each once, without the buffers."""
+        weights = {
+            self.rename(key): value
+            for key, value in state.items()
+            if not is_buffer(key) and not key.startswith(self.foreign)
+        }
+        for alias, name in self.aliases.items():
+            if alias in weights:
+                weights.setdefault(name, weights.pop(alias))
+        return weights
 
     def check_kind(self, keys: Collection[str], source: str) -> None:
         """Raise an AmskvError if the keys in ``source`` are those of another architecture."""
@@ -119,7 +132,8 @@ class Architecture(Generic[Config]):
             raise AmskvError(
                 f"the parameters do not fit {self.describe(config)}:\n  " + "\n  ".join(problems)
             )
-        return self.table.to_state_dict(params, shapes) | self.buffers(config)
+        state = self.table.to_state_dict(params, shapes) | self.buffers(config)
+        return state | {alias: state[name] for alias, name in self.aliases.items()}
 
 
 def is_buffer(key: str) -> bool:

@@ -1,1 +1,1 @@
-"""Flax models: VAR and its multi-scale VQVAE."""
+"""Flax models: VAR and its multi-scale VQVAE, and the T5 encoder of text."""
