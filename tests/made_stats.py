@@ -25,8 +25,9 @@ def make_stats(similarity, schedule=VAR_256, density=None, heads=1):
     return LayerStats(schedule, similarity, similarity, density, np.ones((layers, scales, 5)))
 
 
-def random_stats(seed, schedule, layers):
+def random_stats(seed, schedule, layers, heads=1):
     random = np.random.default_rng(seed)
     weights = np.tril(random.random((layers, schedule.num_scales, schedule.num_scales)) ** 4)
     density = weights / weights.sum(-1, keepdims=True)
-    return make_stats(-random.random((layers, schedule.num_scales)), schedule, density)
+    similarity = -random.random((layers, schedule.num_scales))
+    return make_stats(similarity, schedule, density, heads)
