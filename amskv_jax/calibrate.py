@@ -62,8 +62,8 @@ class AttentionObserver:
         """Return what the layer's attention shows at ``step``."""
         assert isinstance(slots, StaticSlots), "the full cache is static"
         query, key, _ = qkv
-        keys = [_cached_keys(slots, cache, layer, step, earlier) for earlier in range(step)]
-        keys.append(key.astype(cache.keys.dtype))
+        keys = [slots.keys(cache, layer, step, earlier, key.dtype) for earlier in range(step)]
+        keys.append(key)
         if step:
             grids = self.schedule.grids[step - 1], self.schedule.grids[step]
             similarity, cosine = key_similarity(keys[-2], keys[-1], *grids)
@@ -189,20 +189,6 @@ def _top_sums(probability: jax.Array, top_counts: tuple[int, ...]) -> jax.Array:
     largest, _ = lax.top_k(probability, min(size, max(top_counts)))
     cumulated = jnp.cumsum(largest.sum(2).mean(1), axis=-1)
     return cumulated[:, np.minimum(top_counts, size) - 1]
-
-
-def _cached_keys(
-    slots: StaticSlots, cache: KVCache, layer: jax.Array, step: int, scale: int
-) -> jax.Array:
-    """Return the keys of an earlier scale, [rows, T, heads, head_dim]."""
-    _, rows, _, heads, head_dim = cache.keys.shape
-    parts = [
-        lax.dynamic_slice(
-            cache.keys, (layer, 0, run.slot, 0, 0), (1, rows, run.length, heads, head_dim)
-        )[0]
-        for run in sorted(slots.where(step, scale), key=lambda run: run.start)
-    ]
-    return jnp.concatenate(parts, axis=1)
 
 
 def _sum_rows(values: jax.Array, batch: int, real: int) -> np.ndarray:

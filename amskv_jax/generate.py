@@ -12,9 +12,11 @@ from flax import struct
 from amskv_jax.attention import Attention, Implementation
 from amskv_jax.cache.layout import CacheLayout
 from amskv_jax.cache.stack import Observer, apply_blocks
+from amskv_jax.cache.store import Store
 from amskv_jax.errors import AmskvError
 from amskv_jax.models.guidance import Controls, Guidance
 from amskv_jax.models.protocol import Model, Tokenizer
+from amskv_jax.numbers import numbers_of
 from amskv_jax.plan.retention import RetentionPlan
 from amskv_jax.plan.shape import CacheShape
 from amskv_jax.sampling import TokenSampling, draw, filter_logits, smooth_mixture
@@ -58,7 +60,8 @@ class Sampler:
       plan: what the cache keeps, and the schedule that is drawn.
       guidance: where guidance acts, and so whether a picture has one row or two.
       sampling: how tokens are drawn.
-      dtype: "float32" or "bfloat16": matrix products and cache.
+      dtype: "float32" or "bfloat16", of matrix products.
+      cache_dtype: how cached numbers are kept, a name of ``numbers.NUMBERS``; None for ``dtype``.
       attention: back end, see ``attention.attend``.
       trace: whether to return logits and the latents of all scales.
       observe: looks at every layer's attention, see ``stack.Observer``.
@@ -72,6 +75,7 @@ class Sampler:
     guidance: Guidance = field(default_factory=Guidance)
     sampling: TokenSampling = field(default_factory=TokenSampling)
     dtype: str = "float32"
+    cache_dtype: str | None = None
     attention: Implementation = "auto"
     trace: bool = False
     observe: Observer | None = None
@@ -100,11 +104,10 @@ class Sampler:
         chex.assert_shape((controls.strength, controls.temperature), (schedule.num_scales,))
         transformer, tokenizer = self.model.bind(params, schedule, self.dtype)
         prepared = transformer.prepare(condition, guidance)
-        layout = CacheLayout.of(self.plan)
+        layout = CacheLayout.of(self.plan, Store(numbers_of(self.cache_dtype or self.dtype)))
         shape = self.shape
-        caches = layout.init(
-            batch * guidance.rows_per_picture, shape.num_heads, shape.head_dim, self.dtype
-        )
+        rows = batch * guidance.rows_per_picture
+        caches = layout.init(rows, shape.num_heads, shape.head_dim)
         mixes = jnp.asarray(guidance.layer_flags(shape.num_layers))
 
         x = prepared.start

@@ -14,7 +14,7 @@ import numpy as np
 
 from amskv_jax.attention import QKV
 from amskv_jax.cache.layout import slots_of
-from amskv_jax.cache.store import Slots
+from amskv_jax.cache.store import Slots, Store
 from amskv_jax.checkpoints.initialize import random_params
 from amskv_jax.configs import ModelConfig
 from amskv_jax.decode import decode
@@ -23,6 +23,7 @@ from amskv_jax.models.guidance import Drawing
 from amskv_jax.models.protocol import Model
 from amskv_jax.models.var.config import VARConfig, VQVAEConfig
 from amskv_jax.models.var.model import VARModel
+from amskv_jax.numbers import NUMBERS, Numbers
 from amskv_jax.plan.retention import RetentionPlan
 from amskv_jax.plan.rows import HeadRow, Row, StaticRow
 from amskv_jax.plan.runtime_rows import OnlineRow, SelectingRow
@@ -135,10 +136,11 @@ def drive(
     heads: int = 2,
     head_dim: int = 8,
     seed: int = 0,
+    numbers: Numbers = NUMBERS["float32"],
 ) -> LayerRecord:
     """Run one layer with this row on random queries, keys and values of two batch rows."""
-    slots = slots_of(row, schedule)
-    cache = slots.init(1, 2, heads, head_dim, "float32")
+    slots = slots_of(row, schedule, Store(numbers))
+    cache = slots.init(1, 2, heads, head_dim)
     record, random, layer = Recorder(), np.random.default_rng(seed), jnp.int32(0)
     steps = []
     for step, tokens in enumerate(schedule.tokens):
@@ -205,7 +207,7 @@ def _selected(row: Any, schedule: ScaleSchedule, record: LayerRecord, step: int)
         return mask
     for batch_row in range(rows):
         for head in range(heads):
-            cached = record.cache[step].keys[batch_row, : row.counts[step], head]
+            cached = record.cache[step].tokens.keys[batch_row, : row.counts[step], head]
             equal = (cached[:, None] == past[batch_row, None, :, head]).all(-1)
             assert (equal.sum(1) == 1).all(), "a cached key is no key of an earlier token"
             positions = equal.argmax(1)

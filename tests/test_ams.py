@@ -12,9 +12,11 @@ from made_stats import cache_shape, make_stats
 from reference_weights import GOLDEN, recipe_params
 
 from amskv_jax.cache.online import DecisionObserver, OnlineCache, OnlineSlots
+from amskv_jax.cache.store import KVCache, Store
 from amskv_jax.generate import picture_keys
 from amskv_jax.models.var.config import VARConfig, VQVAEConfig
 from amskv_jax.models.var.model import VARModel
+from amskv_jax.numbers import NUMBERS
 from amskv_jax.plan.rows import StaticRow
 from amskv_jax.plan.runtime_rows import OnlineRow
 from amskv_jax.policies import AMSKV
@@ -25,6 +27,7 @@ from amskv_jax.testing import sample, with_pictures
 FEW = [ScaleSchedule.square(sides) for sides in ((1, 2, 3, 4), (1, 2, 2, 3, 3), (2, 1, 3))]
 CONFIG, TOKENIZER = VARConfig(2, 128, 2, VAR_256, 10, 64), VQVAEConfig(VAR_256, 64, 32, 32)
 MODEL = VARModel(CONFIG, TOKENIZER)
+STORE = Store(NUMBERS["float32"])
 
 
 def sequential_decisions(tokens, similarity, c_min, c_max, condensed, theta):
@@ -172,7 +175,7 @@ def test_plans_are_what_the_sequential_walk_does(case):
 @settings(deadline=None, max_examples=20)
 def test_online_decisions_are_what_the_sequential_walk_does(case):
     schedule, similarity, setting = case
-    slots = OnlineSlots(schedule, OnlineRow(schedule.tokens, *setting))
+    slots = OnlineSlots(STORE, schedule, OnlineRow(schedule.tokens, *setting))
     # Keys are flat maps whose distance from scale to scale is minus the wanted similarity.
     levels = np.cumsum([0, *(-value for value in similarity[0][1:])]).astype(np.float32)
     keys = [
@@ -185,7 +188,7 @@ def test_online_decisions_are_what_the_sequential_walk_does(case):
     stored = jnp.asarray(stored, jnp.float32)
     visible, proved = jnp.zeros((1, schedule.num_scales), bool), jnp.zeros(1, bool)
     for step, key in enumerate(keys):
-        cache = OnlineCache(stored, stored, visible, proved)
+        cache = OnlineCache(KVCache(stored, stored), visible, proved)
         decision = slots.decide(cache, jnp.int32(0), step, jnp.asarray(key))
         assert np.flatnonzero(decision.visible).tolist() == history[step]
         assert bool(decision.expanded) == (0 <= expanded <= step)

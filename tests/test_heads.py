@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from made_stats import cache_shape
 
 from amskv_jax.errors import AmskvError, UsageError
+from amskv_jax.numbers import NUMBERS
 from amskv_jax.plan.memory import CacheGeometry, MemoryReport
 from amskv_jax.plan.retention import RetentionPlan
 from amskv_jax.plan.rows import HeadRow, StaticRow
@@ -158,7 +159,9 @@ def test_bytes_are_those_of_the_heads_together():
     whole = StaticRow.from_scales(SMALL, [range(i) for i in range(4)])
     little = StaticRow.from_scales(SMALL, [[], [0], [0], [0]])
     plan = RetentionPlan(SMALL, (HeadRow((whole, little, little)),) * 2)
-    report = MemoryReport.of(plan, CacheGeometry(rows=4, num_heads=3, head_dim=8, itemsize=2))
+    report = MemoryReport.of(
+        plan, CacheGeometry(rows=4, num_heads=3, head_dim=8, numbers=NUMBERS["bfloat16"])
+    )
     assert report.plan == 2 * 4 * (14 + 1 + 1) * 2 * 8 * 2
 
 

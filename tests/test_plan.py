@@ -3,7 +3,6 @@
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,7 +11,9 @@ from made_stats import cache_shape
 
 from amskv_jax.cache.layout import CacheLayout
 from amskv_jax.cache.static import StaticSlots
+from amskv_jax.cache.store import Store
 from amskv_jax.errors import AmskvError, UsageError
+from amskv_jax.numbers import NUMBERS
 from amskv_jax.plan.memory import CacheGeometry, MemoryReport
 from amskv_jax.plan.retention import RetentionPlan
 from amskv_jax.plan.rows import StaticRow
@@ -21,6 +22,7 @@ from amskv_jax.schedule import VAR_256, VAR_512, ScaleSchedule
 from amskv_jax.words import GIB
 
 SMALL = ScaleSchedule.square((1, 2, 3, 4))
+STORE = Store(NUMBERS["float32"])
 
 
 @st.composite
@@ -41,7 +43,7 @@ def schedules_and_rows(draw):
 @settings(deadline=None)
 def test_slots_hold_exactly_what_the_row_keeps_in_the_fewest_slots(case):
     schedule, row = case
-    slots = StaticSlots.of(row, schedule)
+    slots = StaticSlots.of(row, schedule, STORE)
     memory = np.full(slots.capacity, -1)  # the position of the token in each slot
     for step in range(schedule.num_scales):
         seen = []
@@ -182,8 +184,8 @@ def test_memory_arithmetic_of_the_published_models():
 @pytest.mark.parametrize("policy", [Full(), AMSKV(), Window(7), Sink(2, 3)])
 def test_allocated_bytes_are_the_announced_ones(policy):
     plan = policy.plan(cache_shape(SMALL, 3))
-    geometry = CacheGeometry(rows=4, num_heads=2, head_dim=8, itemsize=4)
-    caches = CacheLayout.of(plan).init(4, 2, 8, jnp.float32)
+    geometry = CacheGeometry(rows=4, num_heads=2, head_dim=8, numbers=NUMBERS["float32"])
+    caches = CacheLayout.of(plan, STORE).init(4, 2, 8)
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(caches)) == (
         MemoryReport.of(plan, geometry).plan
     )

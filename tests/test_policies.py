@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 from amskv_jax.cache.layout import CacheLayout
+from amskv_jax.cache.store import Store
 from amskv_jax.checkpoints.initialize import random_params
 from amskv_jax.configs import ModelConfig
 from amskv_jax.generate import Sampler, picture_keys
 from amskv_jax.models.guidance import Drawing
 from amskv_jax.models.var.config import VARConfig, VQVAEConfig
 from amskv_jax.models.var.model import VARModel
+from amskv_jax.numbers import NUMBERS
 from amskv_jax.plan.memory import CacheGeometry, MemoryReport
 from amskv_jax.plan.stats import LayerStats
 from amskv_jax.policies import AMSKV, H2O, REGISTRY, Explicit, Full, Heads, ScaleKV, Sink, Window
@@ -124,7 +126,7 @@ def test_every_policy_obeys_its_plan_in_the_announced_bytes(name, model, budget,
     assert np.isfinite(samples.latents).all()
     check_obeyed(plan, layer_records(samples.observed), config.attention_scale, DTYPES[dtype])
 
-    caches = CacheLayout.of(plan).init(4, config.num_heads, config.head_dim, dtype)
+    caches = CacheLayout.of(plan, Store(NUMBERS[dtype])).init(4, config.num_heads, config.head_dim)
     geometry = CacheGeometry.of(config.cache_shape, 2, dtype)
     # The online variant also has a few flags per layer.
     buffers = [leaf for leaf in jax.tree.leaves(caches) if leaf.dtype != bool]

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from amskv_jax.attention import Implementation
+from amskv_jax.attention import QKV, Implementation
 from amskv_jax.cache.static import StaticSlots
-from amskv_jax.cache.store import KVCache
+from amskv_jax.cache.store import KVCache, Store
 from amskv_jax.plan.rows import HeadRow
 from amskv_jax.schedule import ScaleSchedule
 
@@ -26,17 +26,15 @@ class HeadSlots:
     heads: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def of(cls, row: HeadRow, schedule: ScaleSchedule) -> "HeadSlots":
+    def of(cls, row: HeadRow, schedule: ScaleSchedule, store: Store) -> "HeadSlots":
         """Assign slots to everything the row keeps."""
-        groups = tuple(StaticSlots.of(part, schedule) for part in row.groups)
+        groups = tuple(StaticSlots.of(part, schedule, store) for part in row.groups)
         return cls(groups, tuple(row.groups.values()))
 
-    def init(
-        self, layers: int, rows: int, num_heads: int, head_dim: int, dtype: jax.typing.DTypeLike
-    ) -> tuple[KVCache, ...]:
+    def init(self, layers: int, rows: int, num_heads: int, head_dim: int) -> tuple[KVCache, ...]:
         """Return empty buffers, one entry per set of heads."""
         return tuple(
-            group.init(layers, rows, len(heads), head_dim, dtype)
+            group.init(layers, rows, len(heads), head_dim)
             for group, heads in zip(self.groups, self.heads, strict=True)
         )
 
@@ -45,7 +43,7 @@ class HeadSlots:
         cache: tuple[KVCache, ...],
         layer: jax.Array,
         step: int,
-        qkv: tuple[jax.Array, jax.Array, jax.Array],
+        qkv: QKV,
         scale: float,
         implementation: Implementation,
     ) -> tuple[jax.Array, tuple[KVCache, ...]]:

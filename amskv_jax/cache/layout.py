@@ -5,20 +5,18 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import jax
-
 from amskv_jax.cache.heads import HeadSlots
 from amskv_jax.cache.online import OnlineSlots
 from amskv_jax.cache.selecting import SelectingSlots
 from amskv_jax.cache.static import StaticSlots
-from amskv_jax.cache.store import Slots
+from amskv_jax.cache.store import Slots, Store
 from amskv_jax.errors import AmskvError
 from amskv_jax.plan.retention import RetentionPlan
 from amskv_jax.plan.rows import HeadRow, Row, StaticRow
 from amskv_jax.plan.runtime_rows import OnlineRow, SelectingRow
 from amskv_jax.schedule import ScaleSchedule
 
-SLOTS: dict[type, Callable[[Any, ScaleSchedule], Slots]] = {
+SLOTS: dict[type, Callable[[Any, ScaleSchedule, Store], Slots]] = {
     StaticRow: StaticSlots.of,
     SelectingRow: SelectingSlots.of,
     HeadRow: HeadSlots.of,
@@ -27,7 +25,7 @@ SLOTS: dict[type, Callable[[Any, ScaleSchedule], Slots]] = {
 """Kind of row -> how its slots are assigned."""
 
 
-def slots_of(row: Row, schedule: ScaleSchedule) -> Slots:
+def slots_of(row: Row, schedule: ScaleSchedule, store: Store) -> Slots:
     """Assign slots to a row of any kind.
 
     Raises:
@@ -38,7 +36,7 @@ def slots_of(row: Row, schedule: ScaleSchedule) -> Slots:
             f"no slots are known for a row of the kind {type(row).__name__}: "
             f"expected {', '.join(kind.__name__ for kind in SLOTS)}"
         )
-    return SLOTS[type(row)](row, schedule)
+    return SLOTS[type(row)](row, schedule, store)
 
 
 @dataclass(frozen=True)
@@ -57,18 +55,16 @@ class CacheLayout:
 
     @classmethod
     @lru_cache(maxsize=64)
-    def of(cls, plan: RetentionPlan) -> "CacheLayout":
-        """Return the layout of a plan."""
+    def of(cls, plan: RetentionPlan, store: Store) -> "CacheLayout":
+        """Return the layout of a plan whose numbers are kept by ``store``."""
         rows = list(dict.fromkeys(plan.rows))
         group_of = tuple(rows.index(row) for row in plan.rows)
         index = tuple(group_of[:layer].count(group) for layer, group in enumerate(group_of))
-        return cls(tuple(slots_of(row, plan.schedule) for row in rows), group_of, index)
+        return cls(tuple(slots_of(row, plan.schedule, store) for row in rows), group_of, index)
 
-    def init(
-        self, rows: int, num_heads: int, head_dim: int, dtype: jax.typing.DTypeLike
-    ) -> tuple[Any, ...]:
+    def init(self, rows: int, num_heads: int, head_dim: int) -> tuple[Any, ...]:
         """Return empty buffers for ``rows`` batch rows, one entry per group."""
         return tuple(
-            group.init(self.group_of.count(index), rows, num_heads, head_dim, dtype)
+            group.init(self.group_of.count(index), rows, num_heads, head_dim)
             for index, group in enumerate(self.groups)
         )

@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax import lax
 
-from amskv_jax.attention import Implementation, attend
-from amskv_jax.cache.store import after
+from amskv_jax.attention import QKV, Implementation, attend
+from amskv_jax.cache.store import KVCache, Store, after, read, write
 from amskv_jax.plan.runtime_rows import OnlineRow
 from amskv_jax.schedule import ScaleSchedule
 from amskv_jax.similarity import key_similarity
@@ -29,14 +28,12 @@ class OnlineCache:
     """Keys and values of all scales, and what the layers see of them.
 
     Attributes:
-      keys: [layers, rows, capacity, heads, head_dim], in the order of the sequence.
-      values: like ``keys``.
+      tokens: the buffers, in the order of the sequence.
       visible: the scales which each layer's cache holds, [layers, S] bool.
       expanded: the layers which have proved demanding, [layers] bool.
     """
 
-    keys: jax.Array
-    values: jax.Array
+    tokens: KVCache
     visible: jax.Array
     expanded: jax.Array
 
@@ -60,26 +57,24 @@ class OnlineSlots:
     """Buffers for all scales of layers that share a row.
 
     Attributes:
+      store: how numbers are kept.
       schedule: the scales.
       row: the capacities.
     """
 
+    store: Store
     schedule: ScaleSchedule
     row: OnlineRow
 
     @classmethod
-    def of(cls, row: OnlineRow, schedule: ScaleSchedule) -> "OnlineSlots":
+    def of(cls, row: OnlineRow, schedule: ScaleSchedule, store: Store) -> "OnlineSlots":
         """Return the slots of a row."""
-        return cls(schedule, row)
+        return cls(store, schedule, row)
 
-    def init(
-        self, layers: int, rows: int, num_heads: int, head_dim: int, dtype: jax.typing.DTypeLike
-    ) -> OnlineCache:
+    def init(self, layers: int, rows: int, num_heads: int, head_dim: int) -> OnlineCache:
         """Return empty buffers."""
-        shape = (layers, rows, self.row.capacity, num_heads, head_dim)
         return OnlineCache(
-            keys=jnp.zeros(shape, dtype),
-            values=jnp.zeros(shape, dtype),
+            tokens=self.store.init(layers, rows, self.row.capacity, num_heads, head_dim),
             visible=jnp.zeros((layers, self.schedule.num_scales), bool),
             expanded=jnp.zeros(layers, bool),
         )
@@ -89,7 +84,7 @@ class OnlineSlots:
         cache: OnlineCache,
         layer: jax.Array,
         step: int,
-        qkv: tuple[jax.Array, jax.Array, jax.Array],
+        qkv: QKV,
         scale: float,
         implementation: Implementation,
     ) -> tuple[jax.Array, OnlineCache]:
@@ -99,10 +94,7 @@ class OnlineSlots:
         """
         query, key, value = qkv
         offset, size = self.schedule.offsets[step], self.schedule.tokens[step]
-        keys, values = (
-            jnp.concatenate([self._read(buffer, layer, 0, offset), own], axis=1)
-            for buffer, own in ((cache.keys, key), (cache.values, value))
-        )
+        keys, values = self.store.with_own([read(cache.tokens, layer, 0, offset)], key, value)
         # One more channel carries the mask through the product of queries and keys.
         seen = jnp.concatenate([cache.visible[layer, :step], jnp.ones(1, bool)])
         seen = jnp.repeat(
@@ -117,13 +109,9 @@ class OnlineSlots:
         if step + 1 == self.schedule.num_scales:
             return output, cache
         decision = self.decide(cache, layer, step, key)
-        layer = after(output, layer, len(cache.keys))
-        start = (layer, 0, offset, 0, 0)
+        layer, own = after(output, layer, cache.tokens), self.store.encode(key, value)
         return output, OnlineCache(
-            keys=lax.dynamic_update_slice(cache.keys, key[None].astype(cache.keys.dtype), start),
-            values=lax.dynamic_update_slice(
-                cache.values, value[None].astype(cache.values.dtype), start
-            ),
+            tokens=write(cache.tokens, layer, offset, own),
             visible=cache.visible.at[layer].set(decision.visible),
             expanded=cache.expanded.at[layer].set(decision.expanded),
         )
@@ -139,11 +127,12 @@ class OnlineSlots:
         used = (visible * tokens).sum()
         similarity = jnp.float32(jnp.nan)
         if step:
-            previous = self._read(
-                cache.keys, layer, schedule.offsets[step - 1], schedule.offsets[step]
-            )
+            part = read(cache.tokens, layer, schedule.offsets[step - 1], schedule.tokens[step - 1])
+            # As the cache holds them both.
+            previous = self.store.decode(part, jnp.float32)[0]
+            own = self.store.decode(self.store.encode(key, key), jnp.float32)[0]
             grids = schedule.grids[step - 1], schedule.grids[step]
-            similarity = key_similarity(previous, key.astype(previous.dtype), *grids)[0].mean()
+            similarity = key_similarity(previous, own, *grids)[0].mean()
             capacity = jnp.where(expanded, row.c_max, row.c_min)
             expanded |= (used + size > capacity) & (similarity < row.theta)
         capacity = jnp.where(expanded, row.c_max, row.c_min)
@@ -157,10 +146,6 @@ class OnlineSlots:
         visible = jnp.where(locked + size <= capacity, kept, visible)
         return Decision(similarity, visible, expanded)
 
-    def _read(self, buffer: jax.Array, layer: jax.Array, start: int, stop: int) -> jax.Array:
-        part = lax.dynamic_index_in_dim(buffer, layer, keepdims=False)
-        return lax.slice_in_dim(part, start, stop, axis=1)
-
 
 @dataclass(frozen=True)
 class DecisionObserver:
@@ -172,7 +157,7 @@ class DecisionObserver:
         cache: OnlineCache,
         layer: jax.Array,
         step: int,
-        qkv: tuple[jax.Array, jax.Array, jax.Array],
+        qkv: QKV,
         scale: float,
     ) -> Decision:
         """Return what the layer decides after ``step``, the last one included."""

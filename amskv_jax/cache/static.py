@@ -11,10 +11,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax.typing import DTypeLike
 
-from amskv_jax.attention import Implementation, attend
-from amskv_jax.cache.store import KVCache, after
+from amskv_jax.attention import QKV, Implementation, attend
+from amskv_jax.cache.store import KVCache, Store, after, read, tokens, write
 from amskv_jax.plan.rows import StaticRow
 from amskv_jax.schedule import ScaleSchedule
 
@@ -33,17 +33,19 @@ class StaticSlots:
     """Where a static row's tokens lie at every step.
 
     Attributes:
+      store: how numbers are kept.
       capacity: slots per head: the fewest that can hold the row.
       held: per step, what the cache holds while that step attends, in slot order.
       writes: per step, which of its own tokens are stored after it attended, and where.
     """
 
+    store: Store
     capacity: int
     held: tuple[tuple[SlotRun, ...], ...]
     writes: tuple[tuple[SlotRun, ...], ...]
 
     @classmethod
-    def of(cls, row: StaticRow, schedule: ScaleSchedule) -> "StaticSlots":
+    def of(cls, row: StaticRow, schedule: ScaleSchedule, store: Store) -> "StaticSlots":
         """Assign slots to everything the row keeps."""
         owner = np.full(row.capacity, -1)  # position of the token in each slot
         held: list[tuple[SlotRun, ...]] = [()]
@@ -57,69 +59,48 @@ class StaticSlots:
             writes.append(_runs(schedule, slots, new))
             occupied = np.flatnonzero(owner >= 0)
             held.append(_runs(schedule, occupied, owner[occupied]))
-        return cls(row.capacity, tuple(held), (*writes, ()))
+        return cls(store, row.capacity, tuple(held), (*writes, ()))
 
     def where(self, step: int, scale: int) -> tuple[SlotRun, ...]:
         """Return where the tokens of ``scale`` are while ``step`` attends."""
         return tuple(run for run in self.held[step] if run.scale == scale)
 
-    def init(
-        self, layers: int, rows: int, num_heads: int, head_dim: int, dtype: jax.typing.DTypeLike
-    ) -> KVCache:
+    def init(self, layers: int, rows: int, num_heads: int, head_dim: int) -> KVCache:
         """Return empty buffers."""
-        shape = (layers, rows, self.capacity, num_heads, head_dim)
-        return KVCache(keys=jnp.zeros(shape, dtype), values=jnp.zeros(shape, dtype))
+        return self.store.init(layers, rows, self.capacity, num_heads, head_dim)
 
     def attend(
         self,
         cache: KVCache,
         layer: jax.Array,
         step: int,
-        qkv: tuple[jax.Array, jax.Array, jax.Array],
+        qkv: QKV,
         scale: float,
         implementation: Implementation,
     ) -> tuple[jax.Array, KVCache]:
-        """Attend to the cache and to the step's own tokens, then store what later steps need.
+        """See ``store.Slots``."""
+        query, key, value = qkv
+        parts = [read(cache, layer, *span) for span in _spans(self.held[step])]
+        keys, values = self.store.with_own(parts, key, value)
+        output = attend(query, keys, values, scale, implementation)
+        if self.writes[step]:
+            layer, own = after(output, layer, cache), self.store.encode(key, value)
+            for _, start, slot, length in self.writes[step]:
+                cache = write(cache, layer, slot, tokens(own, start, start + length))
+        return output, cache
 
-        Args:
-          cache: the buffers.
-          layer: which of the buffers' layers this is, int32 scalar.
-          step: the step, static.
-          qkv: queries, keys and values of the step's own tokens, [rows, T, heads, head_dim] each.
-          scale: factor of the logits.
-          implementation: see ``attention.attend``.
+    def keys(
+        self, cache: KVCache, layer: jax.Array, step: int, scale: int, dtype: DTypeLike
+    ) -> jax.Array:
+        """Return the keys of an earlier scale, of which the row keeps all at ``step``.
 
         Returns:
-          The attention's output [rows, T, heads, head_dim], and the updated buffers.
+          [rows, T, heads, head_dim] in ``dtype``.
         """
-        query, key, value = qkv
-        output = attend(
-            query,
-            self._read(cache.keys, layer, step, key),
-            self._read(cache.values, layer, step, value),
-            scale,
-            implementation,
-        )
-        layer = after(output, layer, len(cache.keys))
-        return output, KVCache(
-            keys=self._write(cache.keys, layer, step, key),
-            values=self._write(cache.values, layer, step, value),
-        )
-
-    def _read(self, buffer: jax.Array, layer: jax.Array, step: int, own: jax.Array) -> jax.Array:
-        rows, _, heads, head_dim = own.shape
-        parts = [
-            lax.dynamic_slice(buffer, (layer, 0, slot, 0, 0), (1, rows, length, heads, head_dim))[0]
-            for slot, length in _spans(self.held[step])
-        ]
-        return jnp.concatenate([*parts, own], axis=1)
-
-    def _write(self, buffer: jax.Array, layer: jax.Array, step: int, own: jax.Array) -> jax.Array:
-        own = own.astype(buffer.dtype)
-        for _, start, slot, length in self.writes[step]:
-            part = lax.slice_in_dim(own, start, start + length, axis=1)
-            buffer = lax.dynamic_update_slice(buffer, part[None], (layer, 0, slot, 0, 0))
-        return buffer
+        runs = sorted(self.where(step, scale), key=lambda run: run.start)
+        parts = [read(cache, layer, run.slot, run.length) for run in runs]
+        found = [self.store.decode(part, dtype)[0] for part in parts]
+        return jnp.concatenate(found, axis=1)
 
 
 def _free_slots(owner: np.ndarray, count: int) -> np.ndarray:

@@ -1,15 +1,114 @@
-"""Buffers of keys and values, and updating them in place inside a loop."""
+"""Buffers of keys and values: how their numbers are kept, and how they are updated in place.
 
+Slots decide where a token lies and which tokens stay; a store decides how numbers are kept. What
+lies between reading and writing are codes (``numbers.Numbers``), so that a token which moves is
+never coded twice.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax import lax
+from jax.typing import DTypeLike
 
 from amskv_jax.attention import QKV, Implementation
+from amskv_jax.numbers import Numbers
 
 
-def after(output: jax.Array, layer: jax.Array, layers: int) -> jax.Array:
+@struct.dataclass
+class KVCache:
+    """Codes of keys and values; leaves [layers, rows, capacity, heads, something] in buffers.
+
+    Parts of one layer that were read, or are about to be written, lack the axis of layers, and
+    have their own number of tokens in place of the capacity.
+    """
+
+    keys: Any
+    values: Any
+
+
+@dataclass(frozen=True)
+class Store:
+    """Reads and writes buffers.
+
+    Attributes:
+      numbers: how numbers are kept.
+    """
+
+    numbers: Numbers
+
+    def init(self, layers: int, rows: int, capacity: int, num_heads: int, head_dim: int) -> KVCache:
+        """Return empty buffers."""
+        one = jax.ShapeDtypeStruct((layers, rows, capacity, num_heads, head_dim), jnp.float32)
+        return jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(self.encode, one, one)
+        )
+
+    def encode(self, key: jax.Array, value: jax.Array) -> KVCache:
+        """Return the codes of keys and values [..., head_dim]."""
+        return KVCache(keys=self.numbers.encode(key), values=self.numbers.encode(value))
+
+    def decode(self, part: KVCache, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
+        """Return keys and values [..., head_dim] of codes."""
+        keys, values = (self.numbers.decode(codes, dtype) for codes in (part.keys, part.values))
+        return keys, values
+
+    def with_own(
+        self, parts: Sequence[KVCache], key: jax.Array, value: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Return what a step attends to: cached parts, then its own keys and values."""
+        cached = [self.decode(part, key.dtype) for part in parts]
+        keys, values = zip(*cached, (key, value), strict=True)
+        return jnp.concatenate(keys, axis=1), jnp.concatenate(values, axis=1)
+
+
+def read(cache: Any, layer: jax.Array, slot: int, length: int, axis: int = 1) -> Any:
+    """Return ``length`` slots from ``slot`` on of one layer, along ``axis`` of every leaf."""
+
+    def part(buffer: jax.Array) -> jax.Array:
+        start, sizes = [layer, *[0] * (buffer.ndim - 1)], [1, *buffer.shape[1:]]
+        start[1 + axis], sizes[1 + axis] = slot, length
+        return lax.dynamic_slice(buffer, start, sizes)[0]
+
+    return jax.tree.map(part, cache)
+
+
+def write(cache: Any, layer: jax.Array, slot: int, part: Any, axis: int = 1) -> Any:
+    """Return buffers with ``part`` in the slots from ``slot`` on of one layer."""
+
+    def update(buffer: jax.Array, own: jax.Array) -> jax.Array:
+        start = [layer, *[0] * (buffer.ndim - 1)]
+        start[1 + axis] = slot
+        return lax.dynamic_update_slice(buffer, own[None].astype(buffer.dtype), start)
+
+    return jax.tree.map(update, cache, part)
+
+
+def tokens(part: KVCache, start: int, stop: int) -> KVCache:
+    """Return some tokens of a part."""
+    return jax.tree.map(lambda leaf: lax.slice_in_dim(leaf, start, stop, axis=1), part)
+
+
+def take(parts: Sequence[KVCache], chosen: jax.Array) -> KVCache:
+    """Return the tokens that every head has chosen of several parts, one after the other.
+
+    Args:
+      parts: leaves [rows, T_i, heads, something].
+      chosen: [rows, heads, count] int32, below the sum of all T_i.
+    """
+    index = jnp.moveaxis(chosen, 2, 1)[..., None]
+
+    def gather(*leaves: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(jnp.concatenate(leaves, axis=1), index, axis=1)
+
+    return jax.tree.map(gather, *parts)
+
+
+def after(output: jax.Array, layer: jax.Array, cache: Any) -> jax.Array:
     """Return ``layer``, but so that it is known no earlier than ``output``.
 
     A loop that reads a buffer and then writes to it does so in place only if XLA knows that reading
@@ -19,27 +118,18 @@ def after(output: jax.Array, layer: jax.Array, layers: int) -> jax.Array:
 
     Args:
       output: [rows, T, heads, head_dim], computed from what was read.
-      layer: int32 scalar below ``layers``.
-      layers: layers of the buffer.
+      layer: int32 scalar, a layer of the buffers.
+      cache: the buffers.
     """
+    layers = len(jax.tree.leaves(cache)[0])
     bit = (output[0, 0, 0, 0] > 0).astype(jnp.int32)
     return jnp.minimum(layer, layers - 1 + bit)
-
-
-@struct.dataclass
-class KVCache:
-    """Keys and values of all layers that share a row: [layers, rows, capacity, heads, head_dim]."""
-
-    keys: jax.Array
-    values: jax.Array
 
 
 class Slots(Protocol):
     """Where the tokens of layers that share a row lie; frozen, hashable, made before tracing."""
 
-    def init(
-        self, layers: int, rows: int, num_heads: int, head_dim: int, dtype: jax.typing.DTypeLike
-    ) -> Any:
+    def init(self, layers: int, rows: int, num_heads: int, head_dim: int) -> Any:
         """Return empty buffers for this many layers and batch rows."""
         ...
 

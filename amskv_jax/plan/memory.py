@@ -1,7 +1,8 @@
 """Memory arithmetic of key/value caches: plans against the two baselines, before any tracing."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from amskv_jax.numbers import NUMBERS, Numbers, Plain, numbers_of
 from amskv_jax.plan.retention import RetentionPlan
 from amskv_jax.plan.shape import CacheShape
 
@@ -14,13 +15,13 @@ class CacheGeometry:
       rows: batch rows: one per picture, or two with guidance, which adds an unconditional one.
       num_heads: attention heads.
       head_dim: channels per head.
-      itemsize: bytes of one cached number (2 for bfloat16).
+      numbers: how cached numbers are kept.
     """
 
     rows: int
     num_heads: int
     head_dim: int
-    itemsize: int = 2
+    numbers: Numbers = NUMBERS["bfloat16"]
 
     @classmethod
     def of(
@@ -31,18 +32,25 @@ class CacheGeometry:
         Args:
           shape: of the model's cache.
           pictures: drawn at once.
-          dtype: "float32" or "bfloat16".
+          dtype: how cached numbers are kept, a name of ``numbers.NUMBERS``.
           rows_per_picture: 2 with guidance, 1 without; see ``guidance.Guidance``.
         """
-        itemsize = {"float32": 4, "bfloat16": 2}[dtype]
-        return cls(rows_per_picture * pictures, shape.num_heads, shape.head_dim, itemsize)
+        numbers = numbers_of(dtype)
+        return cls(rows_per_picture * pictures, shape.num_heads, shape.head_dim, numbers)
 
     def bytes(self, head_slots: int, scores: int = 0) -> int:
         """Return the bytes of keys and values in ``head_slots`` slots of one head, all rows.
 
         Added are those of ``scores`` float32 numbers per row, see ``rows.SelectingRow.scores``.
         """
-        return self.rows * (2 * head_slots * self.head_dim * self.itemsize + 4 * scores)
+        return self.rows * (2 * head_slots * self.numbers.bytes(self.head_dim) + 4 * scores)
+
+    @property
+    def plain(self) -> "CacheGeometry":
+        """The same in floating-point numbers: as they are, or bfloat16 in place of codes."""
+        if isinstance(self.numbers, Plain):
+            return self
+        return replace(self, numbers=NUMBERS["bfloat16"])
 
     def tokens(self, max_bytes: int) -> int:
         """Return how many tokens fit in ``max_bytes``, each in all heads of one layer, all rows."""
@@ -55,8 +63,8 @@ class MemoryReport:
 
     Attributes:
       plan: the buffers this package allocates for the plan.
-      stored: the full cache without the last scale, which no later step reads.
-      full: all scales, keys and values in the cache's dtype ("bf16-full" for two bytes).
+      stored: that without the last scale, which no later step reads.
+      full: all scales, keys and values in the cache's dtype, or bfloat16 where it holds codes.
       reference: the reference implementation's cache: all scales, float32 keys, half values.
     """
 
@@ -69,15 +77,16 @@ class MemoryReport:
     def of(cls, plan: RetentionPlan, geometry: CacheGeometry) -> "MemoryReport":
         """Return the report of ``plan`` for a batch and model of ``geometry``."""
         heads, layers, total = geometry.num_heads, plan.num_layers, plan.schedule.total
-        everything = geometry.bytes(heads * total * layers)
+        plain = geometry.plain
+        everything = plain.bytes(heads * total * layers)
         return cls(
             plan=geometry.bytes(
                 sum(row.head_slots(heads) for row in plan.rows),
                 sum(row.scores(heads) for row in plan.rows),
             ),
-            stored=geometry.bytes(heads * (total - plan.schedule.tokens[-1]) * layers),
+            stored=plain.bytes(heads * (total - plan.schedule.tokens[-1]) * layers),
             full=everything,
-            reference=everything * (4 + 2) // (2 * geometry.itemsize),
+            reference=plain.rows * heads * total * layers * plain.head_dim * (4 + 2),
         )
 
     def saving(self, baseline: int) -> float:

@@ -1,0 +1,143 @@
+"""Formats of cached numbers: how a vector of a key or a value is kept, and what it costs.
+
+A format is registered by one entry in ``NUMBERS``; all kinds of slots, plans and memory reports
+then know it. Vectors are coded one by one, each of one token and one head, so that their codes can
+be moved, and no number is ever coded twice.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from amskv_jax.errors import UsageError
+
+
+class Numbers(Protocol):
+    """A format; frozen and hashable."""
+
+    def bytes(self, size: int) -> int:
+        """Return the bytes of one vector of ``size`` numbers, scales included."""
+        ...
+
+    def encode(self, vectors: jax.Array) -> Any:
+        """Return the codes of vectors [..., size]: a pytree whose leaves are [..., something]."""
+        ...
+
+    def decode(self, codes: Any, dtype: DTypeLike) -> jax.Array:
+        """Return the vectors [..., size] of codes, in ``dtype``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Floating-point numbers as they are.
+
+    Attributes:
+      dtype: their type.
+    """
+
+    dtype: str
+
+    def bytes(self, size: int) -> int:
+        """See ``Numbers``."""
+        return size * jnp.dtype(self.dtype).itemsize
+
+    def encode(self, vectors: jax.Array) -> jax.Array:
+        """See ``Numbers``."""
+        return vectors.astype(self.dtype)
+
+    def decode(self, codes: jax.Array, dtype: DTypeLike) -> jax.Array:
+        """See ``Numbers``."""
+        return codes.astype(dtype)
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """Small numbers times one bfloat16 scale per vector, by which its largest number fits.
+
+    Attributes:
+      bits: of a whole number from -(2^(bits-1) - 1) to 2^(bits-1) - 1; some are packed in a byte.
+    """
+
+    bits: int
+
+    def bytes(self, size: int) -> int:
+        """See ``Numbers``."""
+        return -(-size // self._per_byte) + 2
+
+    def encode(self, vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """See ``Numbers``."""
+        scale = _scale(vectors, self._largest)
+        whole = jnp.rint(vectors.astype(jnp.float32) / scale.astype(jnp.float32))
+        codes = jnp.clip(whole, -self._largest, self._largest).astype(jnp.int32) + self._largest
+        missing = -codes.shape[-1] % self._per_byte
+        codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, missing)])
+        parts = codes.reshape(*codes.shape[:-1], self._per_byte, codes.shape[-1] // self._per_byte)
+        shifts = self.bits * jnp.arange(self._per_byte)[:, None]
+        return (parts << shifts).sum(-2).astype(jnp.uint8), scale
+
+    def decode(self, codes: tuple[jax.Array, jax.Array], dtype: DTypeLike) -> jax.Array:
+        """See ``Numbers``; the vectors' size must be a multiple of the numbers in a byte."""
+        packed, scale = codes
+        shifts = jnp.array(self.bits * jnp.arange(self._per_byte), jnp.uint8)[:, None]
+        parts = (packed[..., None, :] >> shifts) & jnp.uint8(2**self.bits - 1)
+        size = packed.shape[-1] * self._per_byte
+        whole = parts.reshape(*packed.shape[:-1], size).astype(jnp.float32) - self._largest
+        return (whole * scale.astype(jnp.float32)).astype(dtype)
+
+    @property
+    def _largest(self) -> int:
+        return 2 ** (self.bits - 1) - 1
+
+    @property
+    def _per_byte(self) -> int:
+        return 8 // self.bits
+
+
+@dataclass(frozen=True)
+class Float8:
+    """float8_e4m3fn numbers times one bfloat16 scale per vector, by which its largest fits."""
+
+    def bytes(self, size: int) -> int:
+        """See ``Numbers``."""
+        return size + 2
+
+    def encode(self, vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """See ``Numbers``."""
+        largest = float(jnp.finfo(jnp.float8_e4m3fn).max)
+        scale = _scale(vectors, largest)
+        scaled = vectors.astype(jnp.float32) / scale.astype(jnp.float32)
+        return jnp.clip(scaled, -largest, largest).astype(jnp.float8_e4m3fn), scale
+
+    def decode(self, codes: tuple[jax.Array, jax.Array], dtype: DTypeLike) -> jax.Array:
+        """See ``Numbers``."""
+        numbers, scale = codes
+        return (numbers.astype(jnp.float32) * scale.astype(jnp.float32)).astype(dtype)
+
+
+def _scale(vectors: jax.Array, largest: float) -> jax.Array:
+    """Return the scale [..., 1] bfloat16 by which the largest number of each vector is coded."""
+    most = jnp.abs(vectors.astype(jnp.float32)).max(-1, keepdims=True)
+    scale = (most / largest).astype(jnp.bfloat16)
+    return jnp.where(scale > 0, scale, 1)
+
+
+NUMBERS: dict[str, Numbers] = {
+    "float32": Plain("float32"),
+    "bfloat16": Plain("bfloat16"),
+    "float8_e4m3fn": Float8(),
+    "int8": Scaled(8),
+    "int4": Scaled(4),
+    "int2": Scaled(2),
+}
+"""Name -> format."""
+
+
+def numbers_of(name: str) -> Numbers:
+    """Return the format of that name; raises UsageError if there is none."""
+    if name not in NUMBERS:
+        raise UsageError(f"numbers cannot be cached as {name!r}: expected {', '.join(NUMBERS)}")
+    return NUMBERS[name]
