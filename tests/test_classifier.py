@@ -5,18 +5,17 @@ import numpy as np
 import pytest
 
 from amskv_jax.errors import AmskvError
-from amskv_jax.evaluation.classifier import (
+from amskv_jax.evaluation.classifier import load_classifier, save_classifier
+from amskv_jax.evaluation.features import inception
+from amskv_jax.files import read_json_lines
+from amskv_jax.training.classifier import (
     Classifier,
     ClassifierConfig,
     ClassifierTraining,
     apply_classifier,
-    load_classifier,
-    save_classifier,
     train_classifier,
     vary,
 )
-from amskv_jax.evaluation.features import InceptionFeatures
-from amskv_jax.files import read_json_lines
 from amskv_jax.training.config import Optimization, Run
 from amskv_jax.training.data import Pictures
 
@@ -94,11 +93,13 @@ def test_a_saved_classifier_sees_the_same(trained, tmp_path):
     save_classifier(path, CONFIG, variables)
     assert sorted(tmp_path.iterdir()) == [path]
     network = load_classifier(path)
-    assert (network.config, network.dimension, network.name) == (CONFIG, 64, "classifier")
+    assert (network.num_classes, network.dimension, network.name) == (3, 64, "classifier")
     assert len(network.fingerprint) == 32
+    with pytest.raises(AmskvError, match="the classifier knows 3 classes, the model 4"):
+        network.check_classes(4)
     pixels = coloured(20).pixels
     for found, expected in zip(
-        network(pixels), apply_classifier(CONFIG, variables, pixels), strict=True
+        network.look(pixels), apply_classifier(CONFIG, variables, pixels), strict=True
     ):
         np.testing.assert_allclose(found, expected, atol=0.05, rtol=0.02)
 
@@ -123,4 +124,4 @@ def test_files_that_are_no_classifiers_are_refused(trained, tmp_path):
 
 def test_inception_without_its_weights_says_what_is_missing(tmp_path):
     with pytest.raises(AmskvError, match=r"torch-fidelity|are not there"):
-        InceptionFeatures(tmp_path / "missing.pth")
+        inception(tmp_path / "missing.pth")

@@ -189,7 +189,7 @@ def test_default_model_of_the_package():
 def test_classifiers_are_found_by_the_names_of_the_classes():
     (classes,) = embedded.CLASSIFIERS
     network = load_classifier(find_classifier(classes))
-    assert network.config.num_classes == len(classes)
+    assert network.num_classes == len(classes)
     with pytest.raises(AmskvError, match="no classifier of the model's classes comes with"):
         find_classifier(classes[::-1])
 

@@ -1,16 +1,16 @@
 """Drawing, budgets, and the resumable evaluation, with a model that compiles quickly."""
 
 import json
+from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
 from reference_weights import recipe_params
-from test_metrics import MeanColour
+from test_metrics import MEAN_COLOUR
 
 from amskv_jax.drawing import Drawer
 from amskv_jax.errors import AmskvError, UsageError
-from amskv_jax.evaluation import evaluate as module
 from amskv_jax.evaluation.evaluate import Evaluation, evaluate
 from amskv_jax.evaluation.measures import Judge
 from amskv_jax.evaluation.results import Results, read_arrays
@@ -26,7 +26,7 @@ from amskv_jax.schedule import VAR_256, ScaleSchedule
 SCHEDULE = ScaleSchedule.square((1, 2, 3))
 TRANSFORMER = VARConfig(2, 32, 2, SCHEDULE, num_classes=3, vocab_size=16, latent_channels=8)
 TOKENIZER = VQVAEConfig(SCHEDULE, 16, 8, 32, (1, 1, 1), 1)
-EVALUATION = Evaluation(num=10, shard=4, top_k=8)
+EVALUATION = Evaluation(num=10, shard=4, top_k=8, dtype="float32")
 LARGE = VARConfig(6, 128, 2, VAR_256, num_classes=10)
 MODEL = VARModel(TRANSFORMER, TOKENIZER)
 
@@ -57,7 +57,7 @@ def model():
 @pytest.fixture(scope="module")
 def judge():
     real = np.random.default_rng(0).integers(0, 256, (40, 12, 12, 3)).astype(np.uint8)
-    return Judge.of(MeanColour(), real)
+    return Judge.of(MEAN_COLOUR, real)
 
 
 REQUESTS = [PolicyRequest("full"), PolicyRequest("window", 0.75)]
@@ -145,7 +145,7 @@ def test_stopped_evaluation_goes_on_with_the_shard_it_was_at(
 
 
 def test_finished_evaluation_only_reads(model, judge, whole, monkeypatch):
-    monkeypatch.setattr(module, "Drawer", None)
+    monkeypatch.setattr(Pipeline, "drawer", None)
     directory, records = whole
     assert evaluate(EVALUATION, model, REQUESTS, judge, directory) == records
 
@@ -160,13 +160,20 @@ def test_evaluation_without_features_compares_with_the_full_cache(model, tmp_pat
 
 def test_folder_of_another_evaluation_is_refused(model, judge, whole):
     directory, _ = whole
-    with pytest.raises(UsageError, match=r"other settings: evaluation\.seed \(there 0, now 1\)"):
-        evaluate(Evaluation(num=10, shard=4, top_k=8, seed=1), model, REQUESTS, judge, directory)
+    with pytest.raises(UsageError, match=r"other settings: conditions\.seed \(there 0, now 1\)"):
+        evaluate(replace(EVALUATION, seed=1), model, REQUESTS, judge, directory)
+
+
+def test_model_in_another_dtype_is_refused(model, judge, tmp_path):
+    other = replace(EVALUATION, dtype="bfloat16")
+    with pytest.raises(UsageError, match="the model is in float32, expected bfloat16"):
+        evaluate(other, model, REQUESTS, judge, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_too_few_pictures_are_refused_before_any_work(model, judge, tmp_path):
     with pytest.raises(UsageError, match="3 pictures are too few for a Frechet distance on 3"):
-        evaluate(Evaluation(num=3), model, REQUESTS, judge, tmp_path / "new")
+        evaluate(replace(EVALUATION, num=3), model, REQUESTS, judge, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 

@@ -11,7 +11,8 @@ from test_evaluation import TOKENIZER, TRANSFORMER, pictures
 
 from amskv_jax.checkpoints.initialize import init_checkpoint
 from amskv_jax.configs import ModelConfig
-from amskv_jax.evaluation.classifier import Classifier, ClassifierConfig, save_classifier
+from amskv_jax.evaluation.classifier import save_classifier
+from amskv_jax.training.classifier import Classifier, ClassifierConfig
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,8 @@
 
 import pytest
 
-from amskv_jax.study.findings import closer_than_full, finding, verdict
+from amskv_jax.study.render import closer_than_full, verdict
+from amskv_jax.study.sections import SECTIONS
 from amskv_jax.study.summary import StudyResults
 
 
@@ -16,6 +17,11 @@ def record(section, label, seed, distance, recall=0.5, **more):
         "frechet_distance": distance,
         "recall": recall,
         "precision": 0.7,
+        "policy": "ams",
+        "facts": {},
+        "note": "",
+        "saving": 0.5,
+        "cache_bytes": 1000,
         **more,
     }
 
@@ -43,8 +49,12 @@ def test_lower_distance_than_the_full_cache_is_explained():
 )
 def test_intermediate_scales_are_compared_beyond_noise(intermediate, outcome):
     distances = {"condensed": 4.0, "intermediate": intermediate, "local": 2.4}
-    arms = [record("a", f"drop 1 {kind}", 0, value) for kind, value in distances.items()]
-    sentences = finding(StudyResults((*FULL, *arms)), "a")
+    arms = [
+        record("a", f"drop 1 {kind}", 0, value, facts={"kind": kind, "count": 1})
+        for kind, value in distances.items()
+    ]
+    sentences = SECTIONS["a"].finding(StudyResults((*FULL, *arms)))
+    assert SECTIONS["b"].finding(StudyResults((*FULL, *arms))) == []
     assert sentences[1] == f"The paper does without the intermediate scales; {outcome}."
 
 

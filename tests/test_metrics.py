@@ -6,6 +6,7 @@ import scipy.linalg
 
 from amskv_jax.errors import AmskvError, UsageError
 from amskv_jax.evaluation import metrics
+from amskv_jax.evaluation.features import FeatureNetwork
 from amskv_jax.evaluation.measures import Judge
 from amskv_jax.evaluation.metrics import (
     FeatureSet,
@@ -167,23 +168,19 @@ def test_pictures_that_cannot_be_compared_are_refused():
         ssim(np.zeros((1, 8, 20, 3), np.uint8), np.zeros((1, 8, 20, 3), np.uint8))
 
 
-class MeanColour:
-    """A feature network for tests: three features, as logits too."""
+def mean_colour(pixels):
+    features = pixels.mean((1, 2)).astype(np.float32)
+    return features, features
 
-    name = "colour"
-    dimension = 3
-    classifies = True
-    fingerprint = "none"
 
-    def __call__(self, pixels):
-        features = pixels.mean((1, 2)).astype(np.float32)
-        return features, features
+MEAN_COLOUR = FeatureNetwork("colour", "none", 3, 3, mean_colour)
+"""A feature network for tests: three features, as logits too."""
 
 
 def test_judge_reports_all_figures():
     generator = np.random.default_rng(9)
     real, drawn = pairs((40, 12, 12, 3), generator)
-    judge = Judge.of(MeanColour(), real)
+    judge = Judge.of(MEAN_COLOUR, real)
     figures = judge.figures(drawn, np.zeros(40, int), real)
     assert list(figures) == [
         *("frechet_distance", "score", "score_deviation", "precision", "recall"),

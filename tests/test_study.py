@@ -14,20 +14,20 @@ import numpy as np
 import pytest
 from reference_weights import recipe_params
 from test_evaluation import MODEL, TOKENIZER, TRANSFORMER, make_stats
-from test_metrics import MeanColour
+from test_metrics import MEAN_COLOUR
 
 from amskv_jax import pipeline
-from amskv_jax.drawing import Drawer
 from amskv_jax.errors import AmskvError, UsageError
+from amskv_jax.evaluation.comparison import Comparison
 from amskv_jax.evaluation.measures import Judge
 from amskv_jax.evaluation.results import add_cells, read_arrays
 from amskv_jax.files import read_json_lines
 from amskv_jax.pipeline import Pipeline
 from amskv_jax.study import devices as module
 from amskv_jax.study.render import render_study
-from amskv_jax.study.study import Conditions, Extent, run_study
+from amskv_jax.study.study import Extent, run_study
 
-CONDITIONS = Conditions(num=12, dtype="float32")
+COMPARISON = Comparison(num=12, dtype="float32")
 EXTENT = Extent(sections="cdg", batch=5, compilers=2)
 
 
@@ -66,16 +66,17 @@ def load(dtype):
 
 def run(directory, **options):
     """Run a study with the fake drawer on statistics that are there already."""
-    pipeline.Drawer = FakeDrawer
     directory = Path(directory)
     directory.mkdir(exist_ok=True)
     if not (directory / "stats.npz").exists():
         make_stats(TRANSFORMER).save(directory / "stats.npz")
     real = np.random.default_rng(0).integers(0, 256, (40, 12, 12, 3)).astype(np.uint8)
-    judge = Judge.of(MeanColour(), real)
+    judge = Judge.of(MEAN_COLOUR, real)
     FakeDrawer.drawn = 0
     extent = options.pop("extent", EXTENT)
-    return run_study(CONDITIONS, extent, load, judge, directory, held_out=real[:20], **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "Drawer", FakeDrawer)
+        return run_study(COMPARISON, extent, load, judge, directory, held_out=real[:20], **options)
 
 
 def comparable(directory):
@@ -87,17 +88,14 @@ def comparable(directory):
 
 
 @pytest.fixture(autouse=True)
-def restore_drawer(monkeypatch):
-    monkeypatch.setattr(pipeline, "Drawer", FakeDrawer)  # undone after the test
+def kill_nothing(monkeypatch):
     monkeypatch.setattr(FakeDrawer, "kill_at", -1)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    before, directory = pipeline.Drawer, tmp_path_factory.mktemp("study")
-    lines = []
+    directory, lines = tmp_path_factory.mktemp("study"), []
     assert run(directory, report=lines.append) == []
-    pipeline.Drawer = before
     return directory, lines, FakeDrawer.drawn
 
 
@@ -203,17 +201,16 @@ def draw_window(directory):
     model = Pipeline(MODEL, params, MODEL.schedule, "float32", MODEL.drawing, "weights")
     real = np.random.default_rng(0).integers(0, 256, (40, 12, 12, 3)).astype(np.uint8)
     extent = Extent(sections="d", only="d/window-75%", seeds=(0,), batch=5)
-    judge = Judge.of(MeanColour(), real)
-    assert run_study(CONDITIONS, extent, lambda dtype: model, judge, directory) == []
+    judge = Judge.of(MEAN_COLOUR, real)
+    assert run_study(COMPARISON, extent, lambda dtype: model, judge, directory) == []
     records = {r["name"]: r for r in read_json_lines(directory / "results.jsonl")}
     return [records[f"{name}/seed0"]["device_id"] for name in ("full/full", "d/window-75%")]
 
 
 @pytest.mark.slow
-def test_pictures_do_not_depend_on_the_device(tmp_path, monkeypatch):
+def test_pictures_do_not_depend_on_the_device(tmp_path):
     code = "import sys; from test_study import *; assert draw_window(Path(sys.argv[1])) == [0, 1]"
     assert run_python(code, tmp_path, tmp_path / "two", **TWO_DEVICES) == 0
-    monkeypatch.setattr(pipeline, "Drawer", Drawer)
     assert draw_window(tmp_path / "one") == [0, 0]
     assert comparable(tmp_path / "one") == comparable(tmp_path / "two")
     assert comparable(tmp_path / "one")["d/window-75%/seed0"]["ssim"] < 1
@@ -291,9 +288,9 @@ def test_full_disk_stops_the_study(tmp_path, monkeypatch):
 
 def test_folder_of_another_study_is_refused(whole):
     real = np.zeros((40, 12, 12, 3), np.uint8)
-    judge = Judge.of(MeanColour(), real[:39])
+    judge = Judge.of(MEAN_COLOUR, real[:39])
     with pytest.raises(UsageError, match=r"other settings: real_pictures \(there 40, now 39\)"):
-        run_study(CONDITIONS, EXTENT, load, judge, whole[0])
+        run_study(COMPARISON, EXTENT, load, judge, whole[0])
 
 
 def test_report_has_a_row_per_arm(whole, tmp_path):
@@ -312,6 +309,29 @@ def test_report_has_a_row_per_arm(whole, tmp_path):
     for name in ("pareto.png", "pictures.png"):
         assert f"(study/{name})" in text
         assert (tmp_path / "study" / name).stat().st_size > 1000
+
+
+def test_report_of_the_recorded_study_is_the_one_that_is_shown(tmp_path):
+    """Its records are older than the facts of arms."""
+    pytest.importorskip("matplotlib")
+    docs = Path(__file__).parents[1] / "docs"
+    render_study(docs / "study", tmp_path / "study.md")
+    assert (tmp_path / "study.md").read_bytes() == (docs / "study.md").read_bytes()
+
+
+def test_records_of_unknown_arms_are_named(whole, tmp_path):
+    for name in ("settings.json", "stats.npz"):
+        (tmp_path / name).write_bytes((whole[0] / name).read_bytes())
+    known = (whole[0] / "results.jsonl").read_text()
+    (tmp_path / "results.jsonl").write_text(known + '{"name":"d/lru/seed0","section":"d","seed":0}')
+    with pytest.raises(AmskvError, match="holds d/lru/seed0, which no study of this version draws"):
+        render_study(tmp_path, tmp_path / "study.md")
+
+
+def test_records_hold_what_arms_are_known_by(whole):
+    records = comparable(whole[0])
+    facts = {name.rpartition("/")[0]: record.get("facts") for name, record in records.items()}
+    assert facts["d/window-50%"] == facts["d/ams-50%"] == {"target": 0.5}
 
 
 def test_report_names_what_is_missing(tmp_path):

@@ -14,10 +14,10 @@ from amskv_jax.cli.memory import explaining_memory
 from amskv_jax.cli.options import (
     CheckpointOption,
     CompilationCacheOption,
-    Dtype,
     ForceOption,
     GuidanceOption,
     SeedOption,
+    StoredDtypeOption,
     TopKOption,
     TopPOption,
     parse_numbers,
@@ -44,9 +44,7 @@ def calibrate(
     cfg: GuidanceOption = None,
     top_k: TopKOption = 900,
     top_p: TopPOption = 0.96,
-    dtype: Annotated[
-        Dtype | None, typer.Option(help="Of weights, products and cache; as stored if not given.")
-    ] = None,
+    dtype: StoredDtypeOption = None,
     force: ForceOption = False,
     compilation_cache: CompilationCacheOption = True,
 ) -> None:
@@ -101,7 +99,7 @@ def _print_layers(stats: "LayerStats") -> None:
     """Print what the default AMS-KV policy makes of every layer."""
     import numpy as np  # noqa: PLC0415
     from rich.box import SIMPLE_HEAD  # noqa: PLC0415
-    from rich.table import Table  # noqa: PLC0415
+    from rich.table import Column, Table  # noqa: PLC0415
 
     from amskv_jax.policies import AMSKV  # noqa: PLC0415
     from amskv_jax.words import number_ranges  # noqa: PLC0415
@@ -113,10 +111,8 @@ def _print_layers(stats: "LayerStats") -> None:
             "cache-demanding."
         )
         return
-    table = Table(box=SIMPLE_HEAD)
-    for column in ("layer", "lowest similarity", "at scale", "attention to own map"):
-        table.add_column(column, justify="right")
-    table.add_column("AMS-KV")
+    names = "layer", "lowest similarity", "at scale", "attention to own map"
+    table = Table(*(Column(name, justify="right") for name in names), "AMS-KV", box=SIMPLE_HEAD)
     scales = np.array(classes.overflows)
     own = np.diagonal(stats.density, axis1=1, axis2=2).mean(1)
     for layer, similarity in enumerate(stats.similarity):

@@ -35,13 +35,8 @@ def classifier(
 
     from dataclasses import replace  # noqa: PLC0415
 
-    from amskv_jax.evaluation.classifier import (  # noqa: PLC0415
-        ClassifierConfig,
-        ClassifierTraining,
-        apply_classifier,
-        save_classifier,
-        train_classifier,
-    )
+    from amskv_jax.evaluation.classifier import save_classifier  # noqa: PLC0415
+    from amskv_jax.training import classifier as network  # noqa: PLC0415
     from amskv_jax.training.data import load_pictures  # noqa: PLC0415
 
     if compilation_cache:
@@ -50,13 +45,12 @@ def classifier(
     pictures = load_pictures(data, size)
     held_out = load_pictures(validation, size) if validation else None
     per_epoch = max(1, len(pictures) // batch_size)
-    config = ClassifierTraining(ClassifierConfig(len(pictures.classes), width))
     steps = epochs * per_epoch
-    config = replace(
-        config,
-        optimization=replace(config.optimization, warmup_steps=max(1, steps // 10)),
-        run=replace(
-            config.run,
+    config = network.ClassifierTraining(
+        network.ClassifierConfig(len(pictures.classes), width),
+        replace(network.OPTIMIZATION, warmup_steps=max(1, steps // 10)),
+        replace(
+            network.RUN,
             steps=steps,
             batch_size=batch_size,
             steps_per_call=per_epoch,
@@ -64,10 +58,10 @@ def classifier(
             seed=seed,
         ),
     )
-    params = train_classifier(config, pictures, run, validation=held_out)
+    params = network.train_classifier(config, pictures, run, validation=held_out)
     save_classifier(out, config.model, params)
     print_line(f"wrote {out}")
     if held_out:
-        _, logits = apply_classifier(config.model, params, held_out.pixels)
+        _, logits = network.apply_classifier(config.model, params, held_out.pixels)
         accuracy = (logits.argmax(1) == held_out.labels).mean()
         print_line(f"accuracy on {len(held_out)} held-out pictures: {accuracy:.2%}")

@@ -12,13 +12,15 @@ from amskv_jax.cli.compilation_cache import use_compilation_cache
 from amskv_jax.cli.console import make_console, print_line, progress
 from amskv_jax.cli.options import (
     Attention,
+    AttentionOption,
     CheckpointOption,
     ClassifierOption,
     CompilationCacheOption,
-    Dtype,
     GuidanceOption,
+    ManyOption,
     SeedOption,
     StatsOption,
+    StoredDtypeOption,
     TopKOption,
     TopPOption,
 )
@@ -63,12 +65,10 @@ def evaluate(
     cfg: GuidanceOption = None,
     top_k: TopKOption = 900,
     top_p: TopPOption = 0.96,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures generated at once.")] = 500,
+    batch_size: ManyOption = 500,
     shard: Annotated[int, typer.Option(min=1, help="Pictures per file while drawing.")] = 1000,
-    dtype: Annotated[
-        Dtype | None, typer.Option(help="Of weights, products and cache; as stored if not given.")
-    ] = None,
-    attention: Annotated[Attention, typer.Option(help="Attention back end.")] = Attention.AUTO,
+    dtype: StoredDtypeOption = None,
+    attention: AttentionOption = Attention.AUTO,
     stats: StatsOption = None,
     compilation_cache: CompilationCacheOption = True,
 ) -> None:
@@ -78,7 +78,6 @@ def evaluate(
     the Frechet distance an FID; those of a classifier compare policies of one model.
     """
     from amskv_jax.checkpoints.folder import read_info  # noqa: PLC0415
-    from amskv_jax.evaluation.classifier import TrainedClassifier  # noqa: PLC0415
     from amskv_jax.evaluation.evaluate import Evaluation  # noqa: PLC0415
     from amskv_jax.evaluation.evaluate import evaluate as run  # noqa: PLC0415
     from amskv_jax.evaluation.measures import Judge  # noqa: PLC0415
@@ -98,17 +97,24 @@ def evaluate(
         if real is None:
             raise UsageError("the metrics compare with real pictures: give --real")
     model = load(checkpoint, dtype.value if dtype else None)
-    strength = model.drawing.cfg if cfg is None else cfg
+    evaluation = Evaluation(
+        num=num,
+        cfg=model.drawing.cfg if cfg is None else cfg,
+        top_k=top_k,
+        top_p=top_p,
+        dtype=model.dtype,
+        seed=seed,
+        shard=shard,
+    )
     with progress("reading") as update:
         judge = None
         if network is not None and real is not None:
             pictures = load_pictures(real, model.model.picture_size(model.schedule))
-            if isinstance(network, TrainedClassifier):
-                network.check_classes(len(model.conditions(None)))
+            network.check_classes(len(model.conditions(None)))
             update("measuring the real pictures", None)
             judge = Judge.of(network, pictures.pixels)
         records = run(
-            Evaluation(num, seed, strength, top_k, top_p, shard),
+            evaluation,
             model,
             requests,
             judge,
@@ -129,41 +135,33 @@ def _network(
     features: Features, classifier: Path | None, classes: tuple[str, ...], weights: Path | None
 ) -> "FeatureNetwork | None":
     from amskv_jax.evaluation.classifier import load_classifier  # noqa: PLC0415
-    from amskv_jax.evaluation.features import InceptionFeatures  # noqa: PLC0415
+    from amskv_jax.evaluation.features import inception  # noqa: PLC0415
 
     if features is Features.NONE:
         return None
     if features is Features.INCEPTION:
-        return InceptionFeatures(weights)
+        return inception(weights)
     return load_classifier(classifier or find_classifier(classes))
 
 
 def _print_records(records: list[dict[str, Any]], network: "FeatureNetwork | None") -> None:
     from rich.box import SIMPLE_HEAD  # noqa: PLC0415
-    from rich.table import Table  # noqa: PLC0415
+    from rich.table import Column, Table  # noqa: PLC0415
 
+    from amskv_jax.evaluation.measures import FIGURES  # noqa: PLC0415
     from amskv_jax.words import byte_size  # noqa: PLC0415
 
     frechet = "FID" if network and network.name == "inception" else "Frechet"
-    columns = {
-        "frechet_distance": (frechet, "{:.3f}"),
-        "score": ("score", "{:.3f}"),
-        "precision": ("precision", "{:.3f}"),
-        "recall": ("recall", "{:.3f}"),
-        "class_accuracy": ("accuracy", "{:.2%}"),
-        "psnr": ("PSNR", "{:.2f}"),
-        "ssim": ("SSIM", "{:.3f}"),
-    }
-    table = Table("policy", "cache", "saved", box=SIMPLE_HEAD)
-    for title, _ in columns.values():
-        table.add_column(title, justify="right")
+    columns = {"frechet_distance": (frechet, "{:.3f}"), **FIGURES}
+    figures = (Column(title, justify="right") for title, _ in columns.values())
+    table = Table("policy", "cache", "saved", *figures, box=SIMPLE_HEAD)
     for record in records:
-        figures = (
+        cells = (
             "" if record.get(name) is None else form.format(record[name])
             for name, (_, form) in columns.items()
         )
         size, saving = byte_size(record["cache_bytes"]), f"{record['saving']:.1%}"
-        table.add_row(record["name"], size, saving, *figures)
+        table.add_row(record["name"], size, saving, *cells)
     if network:
         print_line(f"Features of: {network.name}. Cache of one picture with guidance.")
     make_console().print(table)

@@ -85,6 +85,12 @@ TopPOption = Annotated[
         "--top-p", min=0, max=1, help="Draw from tokens of this probability in total; 0: all."
     ),
 ]
+StoredDtypeOption = Annotated[
+    Dtype | None,
+    typer.Option("--dtype", help="Of weights, products and cache; as stored if not given."),
+]
+AttentionOption = Annotated[Attention, typer.Option("--attention", help="Attention back end.")]
+ManyOption = Annotated[int, typer.Option("--batch-size", min=1, help="Pictures generated at once.")]
 CompilationCacheOption = Annotated[
     bool,
     typer.Option(

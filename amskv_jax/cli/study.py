@@ -1,7 +1,7 @@
 """``amskv study``: what every policy costs in quality."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -11,29 +11,23 @@ from amskv_jax.cli.console import print_line
 from amskv_jax.cli.files import check_suffix
 from amskv_jax.cli.options import (
     Attention,
+    AttentionOption,
     CheckpointOption,
     ClassifierOption,
     CompilationCacheOption,
     Dtype,
     GuidanceOption,
+    ManyOption,
     TopKOption,
     TopPOption,
     parse_numbers,
 )
-
-if TYPE_CHECKING:
-    from amskv_jax.pipeline import Pipeline
 
 app = typer.Typer(
     help="Measure every policy on a trained model, and write the report.", no_args_is_help=True
 )
 
 REPORT_HELP = "Write the report here (.md), its pictures into a folder beside it."
-
-
-@app.callback()
-def study() -> None:
-    """Measure every policy on a trained model, and write the report."""
 
 
 @app.command()
@@ -58,7 +52,7 @@ def run(
     stop_after: Annotated[
         float | None, typer.Option(help="Seconds after which no further cell begins.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures generated at once.")] = 500,
+    batch_size: ManyOption = 500,
     compilers: Annotated[
         int, typer.Option(min=1, help="Programs compiled at a time, before they draw.")
     ] = 6,
@@ -69,7 +63,7 @@ def run(
     calibration: Annotated[
         int, typer.Option(min=1, help="Pictures that calibration looks at.")
     ] = 128,
-    attention: Annotated[Attention, typer.Option(help="Attention back end.")] = Attention.AUTO,
+    attention: AttentionOption = Attention.AUTO,
     report: Annotated[Path | None, typer.Option(help=REPORT_HELP)] = None,
     compilation_cache: CompilationCacheOption = True,
 ) -> None:
@@ -83,10 +77,11 @@ def run(
     check_suffix(report, {".md"})
     from amskv_jax.checkpoints.folder import read_info  # noqa: PLC0415
     from amskv_jax.evaluation.classifier import load_classifier  # noqa: PLC0415
+    from amskv_jax.evaluation.comparison import Comparison  # noqa: PLC0415
     from amskv_jax.evaluation.measures import Judge  # noqa: PLC0415
     from amskv_jax.evaluation.metrics import check_picture_count  # noqa: PLC0415
     from amskv_jax.pipeline import load  # noqa: PLC0415
-    from amskv_jax.study.study import Conditions, Extent, run_study  # noqa: PLC0415
+    from amskv_jax.study.study import Extent, run_study  # noqa: PLC0415
     from amskv_jax.training.data import load_pictures  # noqa: PLC0415
 
     if compilation_cache:
@@ -103,20 +98,22 @@ def run(
         attention=attention.value,
     )
     model = load(checkpoint, dtype.value)
-    strength = model.drawing.cfg if cfg is None else cfg
-    conditions = Conditions(num, strength, top_k, top_p, dtype.value, calibration)
+    comparison = Comparison(
+        num=num,
+        cfg=model.drawing.cfg if cfg is None else cfg,
+        top_k=top_k,
+        top_p=top_p,
+        dtype=dtype.value,
+        calibration_pictures=calibration,
+    )
     size, classes = model.model.picture_size(model.schedule), len(model.conditions(None))
     network.check_classes(classes)
     pictures = load_pictures(real, size)
     pictures.check(size, classes)
-
-    def load_as(wanted: str) -> "Pipeline":
-        return model if wanted == dtype.value else load(checkpoint, wanted)
-
     left = run_study(
-        conditions,
+        comparison,
         extent,
-        load_as,
+        lambda wanted: model if wanted == dtype.value else load(checkpoint, wanted),
         Judge.of(network, pictures.pixels),
         out,
         held_out=None if held_out is None else load_pictures(held_out, size).pixels,

@@ -22,11 +22,6 @@ app = typer.Typer(help="Train a model on pictures of your own.", no_args_is_help
 app.command()(classifier.classifier)
 
 
-@app.callback()
-def train() -> None:
-    """Train a model on pictures of your own."""
-
-
 ConfigOption = Annotated[
     str,
     typer.Option(
@@ -82,7 +77,8 @@ def tokenizer(
 
     use_compilation_cache()
     settings = find_recipe(config).tokenizer
-    settings = replace(settings, run=_changed(settings.run, steps, batch_size, seed, dtype))
+    run = _changed(settings.run, dtype, steps=steps, batch_size=batch_size, seed=seed)
+    settings = replace(settings, run=run)
     pictures, held_out = _pictures(data, validation, settings.model.picture_size, crop)
     with _plotting(out):
         params = train_tokenizer(
@@ -120,11 +116,8 @@ def var(
     use_compilation_cache()
     tokenizer_config, tokenizer_params = load_tokenizer(tokenizer)
     settings = find_recipe(config).transformer
-    settings = replace(
-        settings,
-        tokenizer=tokenizer_config,
-        run=_changed(settings.run, steps, batch_size, seed, dtype),
-    )
+    run = _changed(settings.run, dtype, steps=steps, batch_size=batch_size, seed=seed)
+    settings = replace(settings, tokenizer=tokenizer_config, run=run)
     pictures, held_out = _pictures(data, validation, tokenizer_config.picture_size, crop)
     pictures.check(tokenizer_config.picture_size, settings.model.num_classes)
     out.mkdir(parents=True, exist_ok=True)
@@ -161,22 +154,10 @@ def var(
     print_line(f"wrote {checkpoint}")
 
 
-def _changed(
-    run: "Run",
-    steps: int | None,
-    batch_size: int | None,
-    seed: int | None,
-    dtype: Dtype | None,
-) -> "Run":
+def _changed(run: "Run", dtype: Dtype | None, **given: Any) -> "Run":
     """Return the settings of a run with those that were given on the command line."""
-    given: dict[str, Any] = {
-        "steps": steps,
-        "batch_size": batch_size,
-        "seed": seed,
-        "dtype": dtype.value if dtype else None,
-    }
-    changes = {name: value for name, value in given.items() if value is not None}
-    return replace(run, **changes)
+    given["dtype"] = dtype and dtype.value
+    return replace(run, **{name: value for name, value in given.items() if value is not None})
 
 
 def _pictures(

@@ -7,61 +7,38 @@ line of figures per policy, and while a policy is drawn its shards, ``NAME.shard
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from amskv_jax.attention import Implementation
 from amskv_jax.drawing import Drawer
 from amskv_jax.errors import UsageError
-from amskv_jax.evaluation.calibration import load_or_calibrate
+from amskv_jax.evaluation.comparison import Comparison, open_folder
 from amskv_jax.evaluation.measures import Judge
-from amskv_jax.evaluation.metrics import check_picture_count, psnr, ssim
-from amskv_jax.evaluation.results import Record, Results, read_arrays, write_arrays
-from amskv_jax.files import check_settings
+from amskv_jax.evaluation.metrics import psnr, ssim
+from amskv_jax.evaluation.results import Record, read_arrays, write_arrays
 from amskv_jax.generate import Sampler
-from amskv_jax.models.guidance import Drawing
 from amskv_jax.pipeline import Pipeline
 from amskv_jax.plan.stats import LayerStats
-from amskv_jax.policies.budgets import PolicyRequest, memory_report
+from amskv_jax.policies.budgets import PolicyRequest
 
 Update = Callable[[str, float], object]
 """Takes what is being done and the share that is done."""
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(Comparison):
     """How pictures are drawn; a folder holds those of one set of these.
 
     Attributes:
-      num: pictures per policy.
       seed: of the random numbers.
-      cfg: guidance strength at the last scale.
-      top_k: see ``TokenSampling``.
-      top_p: see ``TokenSampling``.
       shard: pictures per shard.
-      calibration_pictures: pictures that calibration looks at, where a policy needs it.
     """
 
-    num: int = 10_000
     seed: int = 0
-    cfg: float = 1.5
-    top_k: int = Drawing.top_k
-    top_p: float = Drawing.top_p
     shard: int = 1000
-    calibration_pictures: int = 128
-
-
-@dataclass(frozen=True)
-class _Identity:
-    """What is written into an evaluation's ``settings.json``."""
-
-    evaluation: Evaluation
-    model: str
-    dtype: str
-    features: str
 
 
 def evaluate(
@@ -97,37 +74,23 @@ def evaluate(
 
     Raises:
       UsageError: if there are fewer pictures than features, or the folder holds an evaluation with
-        other settings.
+        other settings, or the model is in another dtype.
       AmskvError: if a policy cannot save what is asked for.
     """
     if not requests:
         raise UsageError("no policies to evaluate")
-    if judge is not None:
-        check_picture_count(evaluation.num, judge.network.dimension)
+    if model.dtype != evaluation.dtype:
+        raise UsageError(f"the model is in {model.dtype}, expected {evaluation.dtype}")
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    features = f"{judge.network.name} {judge.network.fingerprint}" if judge else "none"
-    identity = _Identity(evaluation, model.fingerprint, model.dtype, features)
-    check_settings(directory / "settings.json", identity)
-    results = Results(directory / "results.jsonl")
-
-    drawing = replace(
-        model.drawing, cfg=evaluation.cfg, top_k=evaluation.top_k, top_p=evaluation.top_p
-    )
-    conditions = model.conditions(None)
-    shape = model.shape
+    results = open_folder(directory, evaluation, model, judge)
     if stats is None and any(request.needs_stats for request in requests):
-        stats = load_or_calibrate(
-            directory / "stats.npz",
-            model,
-            evaluation.calibration_pictures,
-            drawing,
-            lambda line: update(line, 0.0),
-        )
-    labels = conditions.classes(np.arange(evaluation.num))
-    plans = [request.policy(shape, stats).plan(shape, stats) for request in requests]
-    for request, plan in zip(requests, plans, strict=True):
-        name = str(request)
+        path = directory / "stats.npz"
+        stats = evaluation.stats(path, model, lambda line: update(line, 0.0))
+    plans = {
+        str(request): model.plan(request.policy(model.shape, stats), stats) for request in requests
+    }
+    labels = model.conditions(None).classes(np.arange(evaluation.num))
+    for name, plan in plans.items():
         if name in results.records:
             if results.records[name]["note"] != plan.note:
                 raise UsageError(
@@ -135,24 +98,16 @@ def evaluate(
                     f"now {plan.note}): choose another folder"
                 )
             continue
-        path = directory / f"{name}.npz"
-        sampler = model.sampler(plan, drawing, attention=attention)
-        drawn = _Drawing(evaluation, model, sampler, drawing, path, batch)
         start = time.monotonic()
-        pixels = drawn.pictures(lambda share, name=name: update(f"drawing {name}", share))  # type: ignore[misc]
+        sampler = model.sampler(plan, evaluation.drawing(model), attention=attention)
+        pixels = _draw(evaluation, model, sampler, directory / f"{name}.npz", batch, update)
         seconds = time.monotonic() - start
         update(f"measuring {name}", 1.0)
         originals = read_arrays(directory / "full.npz").get("arr_0") if name != "full" else None
-        report = memory_report(plan, shape, model.dtype)
         record: Record = {
             "name": name,
-            "note": plan.note,
-            "num": evaluation.num,
             "seed": evaluation.seed,
-            "dtype": model.dtype,
-            "device": jax.devices()[0].device_kind,
-            "cache_bytes": report.plan,
-            "saving": report.saving(report.full),
+            **evaluation.describe(plan, model, model.dtype),
             "draw_seconds": round(seconds, 2),
         }
         if judge is not None:
@@ -160,53 +115,40 @@ def evaluate(
         elif originals is not None:
             record |= {"psnr": psnr(pixels, originals), "ssim": ssim(pixels, originals)}
         results.add(record)
-    return [results.records[str(request)] for request in requests]
+    return [results.records[name] for name in plans]
 
 
-class _Drawing:
-    """The pictures of one policy: shards until all are there, then one file."""
+def _draw(
+    evaluation: Evaluation,
+    model: Pipeline,
+    sampler: Sampler,
+    path: Path,
+    batch: int,
+    update: Update,
+) -> np.ndarray:
+    """Return all pictures of a policy, uint8 [num, H, W, 3].
 
-    def __init__(
-        self,
-        evaluation: Evaluation,
-        model: Pipeline,
-        sampler: Sampler,
-        drawing: Drawing,
-        path: Path,
-        batch: int,
-    ) -> None:
-        self.evaluation, self.model, self.sampler = evaluation, model, sampler
-        self.drawing, self.path, self.batch = drawing, path, batch
-
-    def pictures(self, update: Callable[[float], object]) -> np.ndarray:
-        """Return all pictures, uint8 [num, H, W, 3], from files or the model."""
-        done = read_arrays(self.path).get("arr_0")
-        if done is not None:
-            return done
-        evaluation = self.evaluation
-        starts = range(0, evaluation.num, evaluation.shard)
-        files = [
-            self.path.with_name(f"{self.path.stem}.shard-{index:05d}.npz")
-            for index in range(len(starts))
-        ]
-        drawer: Drawer | None = None
-        conditions, controls = self.model.conditions(None), self.model.controls(self.drawing)
-        shards = []
-        for index, (start, file) in enumerate(zip(starts, files, strict=True)):
-            pixels = read_arrays(file).get("arr_0")
-            if pixels is None:
-                update(index / len(starts))
-                drawer = drawer or self.model.drawer(
-                    self.sampler, conditions, min(self.batch, evaluation.num), self.drawing
-                )
-                count = min(evaluation.shard, evaluation.num - start)
-                pixels = drawer.draw(self.model.params, evaluation.seed, start, count, controls)
-                write_arrays(file, {"arr_0": pixels})
-            shards.append(pixels)
-        pictures = np.concatenate(shards)
-        classes = conditions.classes(np.arange(len(pictures)))
-        known = {} if classes is None else {"arr_1": classes}
-        write_arrays(self.path, {"arr_0": pictures, **known})
-        for file in files:
-            file.unlink()
-        return pictures
+    They come from ``path``, or else shard by shard from files or the model, and go there.
+    """
+    if done := read_arrays(path):
+        return done["arr_0"]
+    num, drawing, conditions = evaluation.num, evaluation.drawing(model), model.conditions(None)
+    controls = model.controls(drawing)
+    drawer: Drawer | None = None
+    shards: dict[Path, np.ndarray] = {}
+    for index, start in enumerate(range(0, num, evaluation.shard)):
+        file = path.with_name(f"{path.stem}.shard-{index:05d}.npz")
+        pixels = read_arrays(file).get("arr_0")
+        if pixels is None:
+            update(f"drawing {path.stem}", start / num)
+            drawer = drawer or model.drawer(sampler, conditions, min(batch, num), drawing)
+            count = min(evaluation.shard, num - start)
+            pixels = drawer.draw(model.params, evaluation.seed, start, count, controls)
+            write_arrays(file, {"arr_0": pixels})
+        shards[file] = pixels
+    arrays = {"arr_0": np.concatenate(list(shards.values()))}
+    classes = conditions.classes(np.arange(num))
+    write_arrays(path, arrays if classes is None else {**arrays, "arr_1": classes})
+    for file in shards:
+        file.unlink()
+    return arrays["arr_0"]

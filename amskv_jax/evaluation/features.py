@@ -1,9 +1,12 @@
 """Feature networks: what the metrics see of a picture."""
 
 import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+import jax
 import numpy as np
 
 from amskv_jax.errors import AmskvError
@@ -14,97 +17,97 @@ INCEPTION_AT_ONCE = 100
 """Pictures per call of Inception."""
 
 
-class FeatureNetwork(Protocol):
+@dataclass(frozen=True, eq=False)
+class FeatureNetwork:
     """Maps pictures to features and logits.
 
     Attributes:
       name: by which its figures are called; only Inception's Frechet distance is an FID.
-      dimension: number of features D.
-      classifies: whether the logits are those of the model's own classes.
       fingerprint: of its weights.
+      dimension: number of features D.
+      num_classes: classes, if the logits are those of a model's own classes; None if not.
+      look: maps pictures uint8 [N, H, W, 3] to features [N, D] and logits [N, C], float32.
     """
 
-    @property
-    def name(self) -> str:
-        """See the class."""
-        ...
+    name: str
+    fingerprint: str
+    dimension: int
+    num_classes: int | None
+    look: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
-    @property
-    def dimension(self) -> int:
-        """See the class."""
-        ...
+    def __str__(self) -> str:
+        return f"{self.name} {self.fingerprint}"
 
-    @property
-    def classifies(self) -> bool:
-        """See the class."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """See the class."""
-        ...
-
-    def __call__(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return features [N, D] and logits [N, C], float32, of pictures uint8 [N, H, W, 3]."""
-        ...
+    def check_classes(self, num_classes: int) -> None:
+        """Raise AmskvError if its classes are not as many as a model's."""
+        if self.num_classes not in (None, num_classes):
+            raise AmskvError(
+                f"the {self.name} knows {self.num_classes} classes, the model {num_classes}: "
+                "train one on the model's data"
+            )
 
 
-class InceptionFeatures:
-    """The Inception network of FID and IS, as torch-fidelity runs it (the extra "fidelity").
+def in_blocks(apply: Callable[..., Any], size: int, *arrays: np.ndarray) -> Any:
+    """Return the arrays, or trees of them, which ``apply`` makes of ``size`` rows at a time."""
+    parts = [
+        apply(*(array[start : start + size] for array in arrays))
+        for start in range(0, len(arrays[0]), size)
+    ]
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
-    Attributes:
-      fingerprint: of the file of weights.
+
+def file_fingerprint(path: Path) -> str:
+    """Return what tells a file of weights from others."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
+
+
+def inception(weights: Path | str | None = None) -> FeatureNetwork:
+    """Return the Inception network of FID and IS, as torch-fidelity runs it.
+
+    It needs the extra "fidelity"; nothing is downloaded. Its 1008 logits are without bias.
+
+    Args:
+      weights: the file; default: where torch-fidelity keeps it.
+
+    Raises:
+      AmskvError: if torch-fidelity is not installed, or the weights are not there.
     """
+    try:
+        import torch  # noqa: PLC0415
+        from torch_fidelity.feature_extractor_inceptionv3 import (  # noqa: PLC0415
+            FeatureExtractorInceptionV3,
+        )
+    except ImportError as error:
+        raise AmskvError(
+            "Inception features need torch-fidelity: pip install 'amskv-jax[fidelity]'"
+        ) from error
+    path = Path(weights or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE)
+    if not path.is_file():
+        raise AmskvError(
+            f"the weights of Inception, {path}, are not there: fetch {INCEPTION_FILE} of "
+            "torch-fidelity's release v0.2.0, or take the features of a classifier"
+        )
+    layers = ["2048", "logits_unbiased"]
+    try:
+        network = FeatureExtractorInceptionV3(
+            "inception-v3-compat", layers, feature_extractor_weights_path=str(path)
+        )
+    except Exception as error:  # torch raises many types for damaged files
+        reason = str(error).partition("\n")[0]
+        raise AmskvError(f"{path} holds no weights of Inception: {reason}") from error
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    network.to(device)
 
-    name = "inception"
-    dimension = 2048
-    classifies = False
+    def apply(pixels: np.ndarray) -> tuple[np.ndarray, ...]:
+        batch = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
+        with torch.no_grad():
+            outputs = network(torch.from_numpy(batch).to(device))
+        return tuple(output.cpu().numpy() for output in outputs)
 
-    def __init__(self, weights: Path | str | None = None) -> None:
-        """Load the weights; nothing is downloaded.
-
-        Args:
-          weights: the file; default: where torch-fidelity keeps it.
-
-        Raises:
-          AmskvError: if torch-fidelity is not installed, or the weights are not there.
-        """
-        try:
-            import torch  # noqa: PLC0415
-            from torch_fidelity.feature_extractor_inceptionv3 import (  # noqa: PLC0415
-                FeatureExtractorInceptionV3,
-            )
-        except ImportError as error:
-            raise AmskvError(
-                "Inception features need torch-fidelity: pip install 'amskv-jax[fidelity]'"
-            ) from error
-        path = Path(weights or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE)
-        if not path.is_file():
-            raise AmskvError(
-                f"the weights of Inception, {path}, are not there: fetch {INCEPTION_FILE} of "
-                "torch-fidelity's release v0.2.0, or take the features of a classifier"
-            )
-        self.fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()[:32]
-        self._torch: Any = torch
-        try:
-            self._network = FeatureExtractorInceptionV3(
-                "inception-v3-compat",
-                ["2048", "logits_unbiased"],
-                feature_extractor_weights_path=str(path),
-            )
-        except Exception as error:  # torch raises many types for damaged files
-            reason = str(error).partition("\n")[0]
-            raise AmskvError(f"{path} holds no weights of Inception: {reason}") from error
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._network.to(self._device)
-
-    def __call__(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return features [N, 2048] and logits without bias [N, 1008] of pictures."""
-        parts = []
-        with self._torch.no_grad():
-            for start in range(0, len(pixels), INCEPTION_AT_ONCE):
-                batch = pixels[start : start + INCEPTION_AT_ONCE].transpose(0, 3, 1, 2)
-                tensor = self._torch.from_numpy(np.ascontiguousarray(batch)).to(self._device)
-                parts.append([output.cpu().numpy() for output in self._network(tensor)])
-        features, logits = zip(*parts, strict=True)
-        return np.concatenate(features), np.concatenate(logits)
+    return FeatureNetwork(
+        "inception",
+        file_fingerprint(path),
+        2048,
+        None,
+        lambda pixels: in_blocks(apply, INCEPTION_AT_ONCE, pixels),
+    )

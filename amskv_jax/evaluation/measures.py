@@ -16,6 +16,15 @@ from amskv_jax.evaluation.metrics import (
     ssim,
 )
 
+FIGURES = {
+    "score": ("score", "{:.3f}"),
+    "precision": ("precision", "{:.3f}"),
+    "recall": ("recall", "{:.3f}"),
+    "class_accuracy": ("accuracy", "{:.2%}"),
+    "psnr": ("PSNR", "{:.2f}"),
+    "ssim": ("SSIM", "{:.3f}"),
+}
+"""Figures that tables show beside the Frechet distance: their titles, and how they are written."""
 MANIFOLD_PICTURES = 10_000
 """Most pictures whose neighbourhoods make up the manifold of the real ones."""
 
@@ -42,30 +51,33 @@ class Judge:
           UsageError: if they are too few for the number of features.
         """
         check_picture_count(len(pixels), network.dimension)
-        features, _ = network(pixels)
+        features, _ = network.look(pixels)
         chosen = np.random.default_rng(0).permutation(len(features))[:MANIFOLD_PICTURES]
         return cls(network, FeatureSet(features), FeatureSet(features[np.sort(chosen)]))
 
     def figures(
-        self, pixels: np.ndarray, labels: np.ndarray, originals: np.ndarray | None = None
+        self,
+        pixels: np.ndarray,
+        labels: np.ndarray | None,
+        originals: np.ndarray | None = None,
     ) -> dict[str, float | None]:
         """Return all figures of generated pictures.
 
         Args:
           pixels: uint8 [N, H, W, 3].
-          labels: the class each was drawn for, [N].
+          labels: the class each was drawn for, [N]; None if they are not known.
           originals: the full cache's pictures for the same labels and keys.
 
         Returns:
           "frechet_distance", "score" and "score_deviation" (inception-style), "precision",
-          "recall"; "class_accuracy" if the network knows the classes; "psnr" (None if all pictures
-          are equal) and "ssim" if there are originals.
+          "recall"; "class_accuracy" if the network knows the classes and there are labels; "psnr"
+          (None if all pictures are equal) and "ssim" if there are originals.
 
         Raises:
           UsageError: if the pictures are too few for the number of features.
         """
         check_picture_count(len(pixels), self.network.dimension)
-        features, logits = self.network(pixels)
+        features, logits = self.network.look(pixels)
         drawn = FeatureSet(features)
         score, deviation = inception_score(logits)
         precision, recall = precision_recall(self.manifold, drawn)
@@ -76,7 +88,7 @@ class Judge:
             "precision": precision,
             "recall": recall,
         }
-        if self.network.classifies:
+        if self.network.num_classes is not None and labels is not None:
             figures["class_accuracy"] = class_accuracy(logits, labels)
         if originals is not None:
             figures |= {"psnr": psnr(pixels, originals), "ssim": ssim(pixels, originals)}

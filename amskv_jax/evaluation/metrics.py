@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 
 from amskv_jax.errors import AmskvError, UsageError
+from amskv_jax.evaluation.features import in_blocks
 
 NEIGHBOURS = 3
 """The k of precision and recall, as in the paper."""
@@ -137,12 +138,9 @@ def neighbour_distances(features: np.ndarray, k: int) -> np.ndarray:
     """
     if len(features) <= k:
         raise UsageError(f"precision and recall need more than {k} pictures, not {len(features)}")
-    everything = jnp.asarray(features, jnp.float32)
-    parts = []
-    for start in range(0, len(features), BLOCK):
-        rows = everything[start : start + BLOCK]
-        parts.append(_kth_distance(rows, everything, start, k))
-    return np.concatenate(parts)
+    features = np.asarray(features, np.float32)
+    nearest = partial(_kth_distance, everything=jnp.asarray(features), k=k)
+    return np.asarray(in_blocks(nearest, BLOCK, features, np.arange(len(features))))
 
 
 def in_manifold(queries: np.ndarray, centres: np.ndarray, radii: np.ndarray) -> np.ndarray:
@@ -153,18 +151,13 @@ def in_manifold(queries: np.ndarray, centres: np.ndarray, radii: np.ndarray) -> 
       centres: [N, D].
       radii: [N], squared.
     """
-    columns = jnp.asarray(centres, jnp.float32)
-    parts = [
-        _within(jnp.asarray(queries[start : start + BLOCK], jnp.float32), columns, radii)
-        for start in range(0, len(queries), BLOCK)
-    ]
-    return np.concatenate(parts)
+    within = partial(_within, centres=jnp.asarray(centres, jnp.float32), radii=radii)
+    return np.asarray(in_blocks(within, BLOCK, np.asarray(queries, np.float32)))
 
 
 @partial(jax.jit, static_argnames="k")
-def _kth_distance(rows: jax.Array, everything: jax.Array, start: int, k: int) -> jax.Array:
+def _kth_distance(rows: jax.Array, own: jax.Array, everything: jax.Array, k: int) -> jax.Array:
     distances = _squared_distances(rows, everything)
-    own = start + jnp.arange(len(rows))
     distances = distances.at[jnp.arange(len(rows)), own].set(jnp.inf)
     for _ in range(k - 1):  # on CPUs ten times as fast as `lax.top_k`, which sorts
         distances = distances.at[jnp.arange(len(rows)), distances.argmin(1)].set(jnp.inf)
@@ -231,11 +224,9 @@ def ssim(pictures: np.ndarray, originals: np.ndarray) -> float:
             f"not {pictures.shape[1]}x{pictures.shape[2]}"
         )
     block = max(1, BLOCK_PIXELS // (pictures.shape[1] * pictures.shape[2]))
-    parts = [
-        np.asarray(_ssim(pictures[start : start + block], originals[start : start + block]))
-        for start in range(0, len(pictures), block)
-    ]
-    return float(np.concatenate(parts).mean())
+    # One block is done before the next is moved to the device, as all may be too many for it.
+    blocks = in_blocks(lambda *pair: np.asarray(_ssim(*pair)), block, pictures, originals)
+    return float(blocks.mean())
 
 
 @jax.jit

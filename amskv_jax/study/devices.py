@@ -16,28 +16,19 @@ from typing import Any
 import jax
 import numpy as np
 
+from amskv_jax.attention import Implementation
 from amskv_jax.drawing import Drawer
-from amskv_jax.generate import Sampler
-from amskv_jax.models.guidance import Controls
+from amskv_jax.models.guidance import Controls, Drawing
 from amskv_jax.pipeline import Pipeline
-from amskv_jax.plan.retention import RetentionPlan
-from amskv_jax.study.cells import Arm
-
-Key = tuple[RetentionPlan, str]
-"""Plan and dtype: what has to be compiled once."""
+from amskv_jax.study.cells import Key
 
 FAILURES = (ValueError, RuntimeError)
 """What compiling and running raise: of a plan, or of the device."""
 
 
-def program_key(arm: Arm) -> Key:
-    """Return what the programs of two arms have in common if they are the same program."""
-    return arm.plan, arm.dtype
-
-
 @dataclass(frozen=True, eq=False)
 class Program:
-    """What draws an arm's pictures, on one device.
+    """What draws the pictures of a plan, on one device.
 
     Attributes:
       device: where; to be used by one thread at a time.
@@ -61,7 +52,8 @@ class Compiler:
         self,
         model: Pipeline,
         load: Callable[[str], Pipeline],
-        sampler: Callable[[Arm], Sampler],
+        drawing: Drawing,
+        attention: Implementation,
         batch: int,
     ) -> None:
         """Compile nothing yet.
@@ -69,27 +61,31 @@ class Compiler:
         Args:
           model: the model with weights of the usual dtype, on the default device.
           load: returns it with weights of another dtype, on the default device.
-          sampler: returns what draws an arm's pictures.
+          drawing: how pictures are drawn.
+          attention: back end.
           batch: pictures drawn at once.
         """
         self._turns = cycle(jax.local_devices())
-        self._model, self._load, self._sampler, self._batch = model, load, sampler, batch
+        self._model, self._load, self._batch = model, load, batch
+        self._drawing, self._attention = drawing, attention
         self._weights: dict[tuple[str, jax.Device], Any] = {}
         self._loading = threading.Lock()
 
-    def compile(self, arms: Sequence[Arm]) -> dict[Key, Program | Exception]:
-        """Compile the programs of these arms at the same time; return them, or why they failed."""
-        with ThreadPoolExecutor(len(arms), "compile") as pool:
-            programs = pool.map(self._try, arms, [next(self._turns) for _ in arms])
-            return {program_key(arm): program for arm, program in zip(arms, programs, strict=True)}
+    def compile(self, keys: Sequence[Key]) -> dict[Key, Program | Exception]:
+        """Compile several programs at the same time; return them, or why they failed."""
+        with ThreadPoolExecutor(len(keys), "compile") as pool:
+            programs = pool.map(self._try, keys, [next(self._turns) for _ in keys])
+            return dict(zip(keys, programs, strict=True))
 
-    def _try(self, arm: Arm, device: jax.Device) -> Program | Exception:
+    def _try(self, key: Key, device: jax.Device) -> Program | Exception:
+        plan, dtype = key
         try:
-            params = self._params(arm.dtype, device)
+            params = self._params(dtype, device)
             with jax.default_device(device):
-                model = replace(self._model, params=params)
+                model = replace(self._model, params=params, dtype=dtype)
+                sampler = model.sampler(plan, self._drawing, attention=self._attention)
                 conditions = model.conditions(None)
-                drawer = model.drawer(self._sampler(arm), conditions, self._batch)
+                drawer = model.drawer(sampler, conditions, self._batch, self._drawing)
                 return Program(device, drawer, params)
         except FAILURES as error:
             return error

@@ -31,12 +31,10 @@ def save_pareto_plot(results: StudyResults, path: Path) -> None:
         raise AmskvError("plots need matplotlib: pip install 'amskv-jax[plot]'") from error
     policies: dict[str, dict[int, ArmResult]] = {}
     for arm in results.all_arms(FITTED):
-        policies.setdefault(str(arm.records[0]["policy"]), {})[arm.cache_bytes] = arm
+        policies.setdefault(arm.policy, {})[arm.cache_bytes] = arm
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes: Any = figure.subplots()
-    full = results.full.figure("frechet_distance")
-    assert full is not None, "every cell has a Frechet distance"
-    kib = 2**10
+    full, kib = results.full.distance, 2**10
     axes.axhline(full.mean, color="black", linewidth=1, linestyle="--")
     axes.axhspan(full.mean - full.half, full.mean + full.half, color="black", alpha=0.1)
     axes.plot(results.full.cache_bytes / kib, full.mean, "k*", markersize=14, label="full cache")
@@ -44,18 +42,18 @@ def save_pareto_plot(results: StudyResults, path: Path) -> None:
     if swept:
         axes.plot(
             [arm.cache_bytes / kib for arm in swept],
-            [_frechet(arm) for arm in swept],
+            [arm.distance.mean for arm in swept],
             ".",
             color="gray",
             label="ams, options swept",
         )
     for marker, (policy, arms) in zip(MARKERS, sorted(policies.items()), strict=False):
         ordered = [arms[count] for count in sorted(arms)]
-        spreads = [arm.figure("frechet_distance") for arm in ordered]
+        spreads = [arm.distance for arm in ordered]
         axes.errorbar(
             [arm.cache_bytes / kib for arm in ordered],
-            [spread.mean for spread in spreads if spread],
-            yerr=[spread.half for spread in spreads if spread],
+            [spread.mean for spread in spreads],
+            yerr=[spread.half for spread in spreads],
             marker=marker,
             linewidth=0.8,
             capsize=2,
@@ -69,11 +67,6 @@ def save_pareto_plot(results: StudyResults, path: Path) -> None:
     axes.grid(which="both", alpha=0.2)
     axes.legend()
     figure.savefig(path, dpi=130)
-
-
-def _frechet(arm: ArmResult) -> float:
-    spread = arm.figure("frechet_distance")
-    return spread.mean if spread else float("inf")
 
 
 def save_sheet(results: StudyResults, samples: Mapping[str, np.ndarray], path: Path) -> int:
