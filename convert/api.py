@@ -17,7 +17,7 @@ from amskv_jax.checkpoints.folder import check_checkpoint, read_file, read_leave
 from amskv_jax.checkpoints.info import CheckpointInfo
 from amskv_jax.checkpoints.weights import storage_dtype
 from amskv_jax.checkpoints.writer import CheckpointWriter
-from amskv_jax.convert import var, vqvae
+from amskv_jax.convert import bsq, infinity, t5, var, vqvae
 from amskv_jax.convert.architecture import Architecture, Found
 from amskv_jax.convert.read import Source, read_state_dict
 from amskv_jax.convert.table import Shape, StateDict, entries_of
@@ -31,6 +31,11 @@ Progress = Callable[[str, float], None]
 
 ARCHITECTURES: dict[str, dict[str, Architecture[Any]]] = {
     "var": {"transformer": var.VAR, "tokenizer": vqvae.VQVAE},
+    "infinity": {
+        "transformer": infinity.INFINITY,
+        "tokenizer": bsq.BSQ,
+        "text_encoder": t5.T5,
+    },
 }
 """How the parts of every kind of model are converted, those first which tell about the others."""
 

@@ -14,11 +14,12 @@ import jax
 from flax.traverse_util import flatten_dict
 
 from amskv_jax.errors import AmskvError
+from amskv_jax.models.infinity.model import InfinityModel
 from amskv_jax.models.parts import module_of
 from amskv_jax.models.protocol import Model
 from amskv_jax.models.var.model import VARModel
 
-KINDS: dict[str, type[Model]] = {kind.kind: kind for kind in (VARModel,)}
+KINDS: dict[str, type[Model]] = {kind.kind: kind for kind in (VARModel, InfinityModel)}
 """Kinds of models by the name that checkpoints give them."""
 
 

@@ -13,14 +13,13 @@ from functools import singledispatch
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import jax
 from flax import linen as nn
 
 from amskv_jax.errors import AmskvError
 
 Config = TypeVar("Config")
-Built = tuple[nn.Module, tuple[jax.ShapeDtypeStruct, ...]]
-"""A module, and inputs of ``module.init`` besides the key."""
+Built = tuple[nn.Module, tuple[Any, ...]]
+"""A module, and inputs of ``module.init`` besides the key: trees of ``jax.ShapeDtypeStruct``."""
 
 
 @singledispatch

@@ -61,6 +61,31 @@ def var(
     _convert("var", sources, out, dtype, settings, keep_not_finite)
 
 
+@app.command()
+def infinity(
+    transformer: TransformerOption,
+    tokenizer: TokenizerOption,
+    out: OutFolderOption,
+    text_encoder: Annotated[
+        Path | None,
+        typer.Option(
+            help="The text encoder, such as flan-t5-xl: its folder of the HF hub, with "
+            "tokenizer.json. Without it the checkpoint draws from files of text features."
+        ),
+    ] = None,
+    dtype: DtypeOption = Dtype.FLOAT32,
+    keep_not_finite: KeepOption = False,
+) -> None:
+    """Convert Infinity (infinity_2b_reg.pth, infinity_vae_d32reg.pth, flan-t5-xl, or 8B in shards).
+
+    All sizes follow from the files. Besides the largest parameter little is held in memory.
+    """
+    sources = {"transformer": transformer, "tokenizer": tokenizer}
+    if text_encoder is not None:
+        sources["text_encoder"] = text_encoder
+    _convert("infinity", sources, out, dtype, {}, keep_not_finite)
+
+
 def _convert(
     kind: str,
     sources: Mapping[str, Path],
