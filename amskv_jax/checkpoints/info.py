@@ -171,7 +171,7 @@ def check_numbers(content: Any, largest: int, source: str, name: str) -> None:
         problem = (
             "is not finite"
             if isinstance(content, float) and not math.isfinite(content)
-            else (f"is {content}, but no stored parameter has more than {largest} rows or columns")
+            else (f"is {content}, which the sizes of its parameters allow up to {largest}")
         )
         raise AmskvError(f"{source} does not belong to the weights beside it: {name} {problem}")
 

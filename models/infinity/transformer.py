@@ -278,7 +278,7 @@ class Infinity(nn.Module):
 
 @module_of.register
 def _(config: InfinityConfig) -> Built:
-    struct = jax.ShapeDtypeStruct
+    struct: Any = jax.ShapeDtypeStruct
     text = TextCondition(struct((1, 1, config.text_channels), jnp.float32), struct((1,), jnp.int32))
     later = config.schedule.total - config.schedule.tokens[0]
     features = struct((1, later, config.bits), jnp.float32)
