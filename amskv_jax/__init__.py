@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from amskv_jax.checkpoints.folder import CheckpointInfo, load_checkpoint, save_checkpoint
     from amskv_jax.checkpoints.initialize import init_checkpoint
     from amskv_jax.configs import ModelConfig
-    from amskv_jax.convert import convert_var, export_var
+    from amskv_jax.convert import convert_var, export_checkpoint
     from amskv_jax.decode import decode
     from amskv_jax.errors import AmskvError, UsageError
     from amskv_jax.generate import Sampler, Samples, picture_keys
@@ -54,7 +54,7 @@ _MODULE_OF = {
         "cache.store": ("KVCache",),
         "checkpoints.folder": ("CheckpointInfo", "load_checkpoint", "save_checkpoint"),
         "configs": ("ModelConfig",),
-        "convert": ("convert_var", "export_var"),
+        "convert": ("convert_var", "export_checkpoint"),
         "errors": ("AmskvError", "UsageError"),
         "decode": ("decode",),
         "generate": ("Sampler", "Samples", "picture_keys"),
@@ -120,7 +120,7 @@ __all__ = [
     "Window",
     "convert_var",
     "decode",
-    "export_var",
+    "export_checkpoint",
     "init_checkpoint",
     "load",
     "load_checkpoint",

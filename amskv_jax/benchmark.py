@@ -8,16 +8,13 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import unflatten_dict
 
 from amskv_jax.attention import choose_implementation
-from amskv_jax.checkpoints.folder import param_shapes
+from amskv_jax.checkpoints.initialize import random_params
 from amskv_jax.drawing import Drawer
 from amskv_jax.errors import AmskvError
 from amskv_jax.generate import Sampler, picture_keys
@@ -27,9 +24,6 @@ ARM_ENVIRONMENT = {
     "JAX_ENABLE_COMPILATION_CACHE": "false",  # or it is not compiling that is timed
 }
 """What the process of an arm needs besides the environment of its parent."""
-
-NOISE_NUMBERS = 1048573
-"""A prime, so that the rows of no matrix are alike."""
 
 
 class OutOfMemoryError(AmskvError):
@@ -58,28 +52,6 @@ class Measurement:
     compile_seconds: float
     predicted_bytes: int
     peak_bytes: int | None
-
-
-def random_params(sampler: Sampler, seed: int = 0) -> Any:
-    """Return random weights for a sampler, on the default device, in the sampler's dtype.
-
-    All are pieces of the same million numbers: good enough to time, and soon made without compiling
-    a program for every shape.
-    """
-    noise = np.random.default_rng(seed).standard_normal(NOISE_NUMBERS, np.float32)
-
-    @cache
-    def scaled(deviation: float) -> np.ndarray:
-        return (deviation * noise).astype(jnp.dtype(sampler.dtype))
-
-    params = {
-        f"{part}/{path}": jax.device_put(
-            np.resize(scaled(1.0 if len(shape) < 2 else shape[-2] ** -0.5), shape)
-        )
-        for part, config in sampler.model.parts.items()
-        for path, shape in param_shapes(config).items()
-    }
-    return unflatten_dict(params, sep="/")
 
 
 def measure(sampler: Sampler, batch: int, repeats: int = 3, decode: bool = True) -> Measurement:
@@ -140,7 +112,10 @@ def _environment() -> Iterator[None]:
 
 
 def _measure(sampler: Sampler, batch: int, repeats: int, decode: bool) -> Measurement:
-    params, model = random_params(sampler), sampler.model
+    model = sampler.model
+    params = random_params(
+        model, dtype=sampler.dtype, parts=("transformer", "tokenizer"), put=jax.device_put
+    )
     conditions = model.conditions(None)
     controls = model.controls(sampler.plan.schedule, model.drawing)
     drawer = Drawer(sampler, params, conditions, controls, batch, decode=decode)

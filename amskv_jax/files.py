@@ -1,8 +1,10 @@
 """Files which are there whole or not at all, and files which grow line by line."""
 
+import glob
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -16,10 +18,13 @@ from amskv_jax.errors import AmskvError, UsageError
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary name in the same folder, which becomes ``path`` when all went well.
 
+    What processes that were killed left of their attempts is removed, see ``remove_remains``.
+
     Raises:
       AmskvError: if it cannot be written.
     """
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    remove_remains(path.parent, f".{path.stem}.", f".tmp{path.suffix}")
     try:
         yield temporary
         temporary.replace(path)
@@ -89,6 +94,8 @@ def check_new_directory(directory: Path) -> None:
 def new_directory(directory: Path, num_bytes: int) -> Iterator[Path]:
     """Yield a temporary folder which takes the name ``directory`` when all went well.
 
+    What processes that were killed left of their attempts is removed, see ``remove_remains``.
+
     Args:
       directory: the folder to make, see ``check_new_directory``.
       num_bytes: what will be written, to refuse at once if the disk is too full.
@@ -99,6 +106,7 @@ def new_directory(directory: Path, num_bytes: int) -> Iterator[Path]:
     directory = directory.absolute()
     check_new_directory(directory)
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+    remove_remains(directory.parent, f".{directory.name}.", ".tmp")
     try:
         temporary.mkdir(parents=True)
     except OSError as error:
@@ -118,6 +126,42 @@ def new_directory(directory: Path, num_bytes: int) -> Iterator[Path]:
         raise AmskvError(f"cannot write {directory}: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # gone already if it was renamed
+
+
+def remove_remains(folder: Path, start: str, end: str) -> None:
+    """Remove what killed processes were writing, and say so on standard error.
+
+    Temporary names hold the number of the process that writes there. On a disk which several
+    machines share, only the processes of this one are seen: give each its own output.
+
+    Args:
+      folder: where to look.
+      start: of the names, before the process' number.
+      end: of the names, after it.
+    """
+    for path in folder.glob(f"{glob.escape(start)}*{glob.escape(end)}"):
+        number = path.name[len(start) : -len(end)]
+        if not number.isdecimal() or _is_running(int(number)):
+            continue
+        try:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        except OSError as error:
+            print(f"cannot remove {path}, left by a process that ended: {error}", file=sys.stderr)
+        else:
+            print(f"removed {path}, left by a process that was killed", file=sys.stderr)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # it is, but another user's
+        return True
+    return True
 
 
 def write_text(path: Path, text: str) -> None:

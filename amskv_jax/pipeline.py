@@ -36,7 +36,7 @@ class Pipeline:
       schedule: what is drawn.
       dtype: "float32" or "bfloat16", of weights, matrix products and cache.
       drawing: how pictures are drawn unless a call says otherwise.
-      fingerprint: of the weights, see ``checkpoints.folder.fingerprint``.
+      fingerprint: of the weights, see ``checkpoints.weights.Fingerprint``.
       classes: names of the classes; none if they are not known.
       encode: turns what a user types into what ``Model.conditions`` takes; None where these are
         the same.

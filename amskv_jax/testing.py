@@ -16,7 +16,6 @@ from amskv_jax.attention import QKV
 from amskv_jax.cache.layout import slots_of
 from amskv_jax.cache.store import Slots, Store
 from amskv_jax.checkpoints.initialize import random_params
-from amskv_jax.configs import ModelConfig
 from amskv_jax.decode import decode
 from amskv_jax.generate import Sampler, Samples, picture_keys
 from amskv_jax.models.guidance import Drawing
@@ -48,7 +47,6 @@ VQVAE_FIELDS: dict[str, Any] = {
 TRANSFORMER = VARConfig(3, 128, 2, **VAR_FIELDS)
 TOKENIZER = VQVAEConfig(**VQVAE_FIELDS)
 TINY_VAR = VARModel(TRANSFORMER, TOKENIZER)
-SMALL = ModelConfig("small", "10 classes, 6 pixels", TRANSFORMER, TOKENIZER)
 
 
 def sample(
@@ -159,7 +157,7 @@ def draw_records(plan: RetentionPlan) -> tuple[list[LayerRecord], float]:
     """
     transformer = VARConfig(plan.num_layers, 32, 2, plan.schedule, 5, 32, 8)
     model = VARModel(transformer, VQVAEConfig(plan.schedule, 32, 8, 32, (1,), 1))
-    params = random_params(ModelConfig("", "", transformer, model.tokenizer), seed=3)
+    params = random_params(model, seed=3)
     keys, labels = picture_keys(jax.random.key(2), 2), np.array([0, 4], np.int32)
     drawing = Drawing(cfg=2.0, top_k=0, top_p=0.0)
     samples = sample(model, plan, params, labels, keys, drawing, observe=Recorder())

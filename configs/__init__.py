@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from amskv_jax.errors import UsageError
-from amskv_jax.models.var.config import VARConfig, VQVAEConfig
-from amskv_jax.models.var.model import VARModel
+from amskv_jax.models.protocol import Model
 
 
 @dataclass(frozen=True)
@@ -19,19 +18,12 @@ class ModelConfig:
     Attributes:
       name: as in ``get(name)``.
       description: one sentence.
-      transformer: shape of the transformer.
-      tokenizer: shape of the VQVAE.
+      model: its kind and shape.
     """
 
     name: str
     description: str
-    transformer: VARConfig
-    tokenizer: VQVAEConfig
-
-    @property
-    def model(self) -> VARModel:
-        """The model's shape."""
-        return VARModel(self.transformer, self.tokenizer)
+    model: Model
 
 
 def names() -> list[str]:

@@ -2,10 +2,13 @@
 
 from amskv_jax.configs import ModelConfig
 from amskv_jax.models.var.config import VARConfig, VQVAEConfig
+from amskv_jax.models.var.model import VARModel
 
 CONFIG = ModelConfig(
     name="var-d30",
     description="ImageNet classes, 256 pixels, 2010 M parameters",
-    transformer=VARConfig(depth=30, width=1920, num_heads=30),
-    tokenizer=VQVAEConfig(),
+    model=VARModel(
+        transformer=VARConfig(depth=30, width=1920, num_heads=30),
+        tokenizer=VQVAEConfig(),
+    ),
 )

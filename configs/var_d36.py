@@ -2,11 +2,16 @@
 
 from amskv_jax.configs import ModelConfig
 from amskv_jax.models.var.config import VARConfig, VQVAEConfig
+from amskv_jax.models.var.model import VARModel
 from amskv_jax.schedule import VAR_512
 
 CONFIG = ModelConfig(
     name="var-d36",
     description="ImageNet classes, 512 pixels, 2354 M parameters",
-    transformer=VARConfig(depth=36, width=2304, num_heads=36, schedule=VAR_512, shared_aln=True),
-    tokenizer=VQVAEConfig(schedule=VAR_512),
+    model=VARModel(
+        transformer=VARConfig(
+            depth=36, width=2304, num_heads=36, schedule=VAR_512, shared_aln=True
+        ),
+        tokenizer=VQVAEConfig(schedule=VAR_512),
+    ),
 )

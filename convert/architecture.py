@@ -2,16 +2,17 @@
 
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from amskv_jax.checkpoints.folder import describe_differences, storage_dtype
-from amskv_jax.convert.table import Shape, StateDict, Table
+from amskv_jax.checkpoints.weights import describe_differences, storage_dtype
+from amskv_jax.convert.read import Source
+from amskv_jax.convert.table import Entry, Shape, StateDict, Table
 from amskv_jax.errors import AmskvError
 
 BUFFERS = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias", "ema_vocab_hit_SV", "mask")
@@ -30,6 +31,19 @@ Config = TypeVar("Config")
 
 
 @dataclass(frozen=True)
+class Found:
+    """What is known of a part, when the configurations of those behind it are inferred.
+
+    Attributes:
+      config: its configuration.
+      settings: what its file or folder and the user said about it.
+    """
+
+    config: Any
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Architecture(Generic[Config]):
     """How state dicts of one architecture are converted.
 
@@ -45,6 +59,8 @@ class Architecture(Generic[Config]):
       aliases: entries which are the same tensor as another, {name: that of the other}. One of the
         two suffices; both are written.
       foreign: beginnings of the names of other models' entries that may lie in the same file.
+      infer: the configuration, from what was read and from the parts before it, by name.
+      files: small files in the same folder which the part needs besides its weights.
     """
 
     name: str
@@ -57,8 +73,10 @@ class Architecture(Generic[Config]):
     reshape: Callable[[str, Shape], Shape] = lambda key, shape: shape
     aliases: Mapping[str, str] = field(default_factory=dict)
     foreign: tuple[str, ...] = ()
+    infer: "Callable[[Source, Mapping[str, Found]], Config] | None" = None
+    files: tuple[str, ...] = ()
 
-    def weights(self, state: StateDict) -> dict[str, np.ndarray]:
+    def weights(self, state: StateDict) -> dict[str, Entry]:
         """Return the entries under their usual names, each once, without the buffers."""
         weights = {
             self.rename(key): value
@@ -95,29 +113,53 @@ class Architecture(Generic[Config]):
                 f"{source} does not fit {self.describe(config)}:\n  " + "\n  ".join(problems)
             )
 
+    def leaves(
+        self,
+        state: StateDict,
+        config: Config,
+        dtype: str = "float32",
+        source: str = "the state dict",
+        *,
+        keep_not_finite: bool = False,
+        progress: Callable[[int], None] = lambda num_bytes: None,
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield the parameters of a state dict, read one after the other: (path, array).
+
+        Args:
+          state: the reference's entries; buffers are ignored.
+          config: the model's shape.
+          dtype: "float32" or "bfloat16", see ``weights.storage_dtype``.
+          source: what to call the state dict in messages.
+          keep_not_finite: take weights that hold NaN or infinity.
+          progress: told the size of every entry that has been read, in bytes.
+
+        Raises:
+          AmskvError: if the state dict does not fit ``config``, or a weight is not finite.
+        """
+        weights = self.weights(state)
+        self.check(weights, config, source)
+
+        def seen(key: str, values: np.ndarray) -> None:
+            wrong = 0 if keep_not_finite else count_not_finite(values)
+            if wrong:
+                raise AmskvError(
+                    f"{source} holds weights that are not finite: {wrong} of the "
+                    f"{values.size} numbers in {key} are NaN or infinite. Download or train it "
+                    "again, or keep them with --keep-not-finite"
+                )
+            progress(weights[key].nbytes)
+
+        yield from self.table.leaves(weights, lambda path: storage_dtype(path, dtype), seen)
+
     def to_params(
         self,
         state: StateDict,
         config: Config,
         dtype: str = "float32",
         source: str = "the state dict",
-        progress: Callable[[int], None] = lambda num_bytes: None,
     ) -> dict[str, Any]:
-        """Return the parameters of a state dict as nested dicts of NumPy arrays.
-
-        Args:
-          state: the reference's entries; buffers are ignored.
-          config: the model's shape.
-          dtype: "float32" or "bfloat16", see ``checkpoint.storage_dtype``.
-          source: what to call the state dict in messages.
-          progress: told the size of every entry that has been read, in bytes.
-
-        Raises:
-          AmskvError: if the state dict does not fit ``config``.
-        """
-        weights = self.weights(state)
-        self.check(weights, config, source)
-        return self.table.to_params(weights, lambda path: storage_dtype(path, dtype), progress)
+        """Return the parameters of a state dict as nested dicts of NumPy arrays, see ``leaves``."""
+        return unflatten_dict(dict(self.leaves(state, config, dtype, source)), sep="/")
 
     def to_state_dict(self, params: Mapping[str, Any], config: Config) -> dict[str, np.ndarray]:
         """Return the reference's state dict: views of ``params``, and the buffers made anew.
@@ -134,6 +176,14 @@ class Architecture(Generic[Config]):
             )
         state = self.table.to_state_dict(params, shapes) | self.buffers(config)
         return state | {alias: state[name] for alias, name in self.aliases.items()}
+
+
+def count_not_finite(values: np.ndarray) -> int:
+    """Return how many numbers of a float32 or bfloat16 array are NaN or infinite."""
+    if values.dtype == np.float32:
+        return values.size - int(np.count_nonzero(np.isfinite(values)))
+    exponent = values.view(np.uint16) & 0x7F80  # much faster than asking bfloat16 numbers
+    return int(np.count_nonzero(exponent == 0x7F80))
 
 
 def is_buffer(key: str) -> bool:

@@ -114,6 +114,7 @@ BSQ = Architecture(
     buffers=buffers,
     describe=describe,
     rename=rename,
+    infer=lambda source, before: infer_config(source.state, source=str(source.path)),
 )
 
 

@@ -157,6 +157,7 @@ INFINITY = Architecture(
     buffers=buffers,
     describe=describe,
     reshape=reshape,
+    infer=lambda source, before: infer_config(source.state, source=str(source.path)),
 )
 
 

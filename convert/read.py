@@ -1,37 +1,22 @@
 """Readers of PyTorch checkpoints: .pth files, .safetensors files, folders of the Hugging Face hub.
 
-All give the state dict as NumPy arrays which are views of the memory-mapped file: nothing is read
-from the disk before it is used.
+All give the state dict as ``Tensor``s: no values are read from the disk before they are used.
 """
 
 import json
-import math
 import os
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
-
+from amskv_jax.convert.tensors import Tensor, read_safetensors, read_torch
 from amskv_jax.errors import AmskvError
 
-BFLOAT16 = np.dtype(jnp.bfloat16)
-SAFETENSORS_DTYPES = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": BFLOAT16,
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
-}
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
+_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+"""Names of the hub for weights in one piece; those of an index have ".index.json" behind."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +25,12 @@ class Source:
 
     Attributes:
       path: the file or folder.
-      state: the entries; arrays are read-only views of the file.
+      state: the entries.
       settings: arguments of the model's constructor, as far as the file or folder tells them.
     """
 
     path: Path
-    state: dict[str, np.ndarray]
+    state: dict[str, Tensor]
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -56,12 +41,13 @@ def read_state_dict(path: str | os.PathLike[str], keys: Sequence[str]) -> Source
     its keys may have a common prefix (``module.``, ``_orig_mod.`` ...).
 
     Args:
-      path: a .pth, .pt, .bin, .ckpt (these need PyTorch) or .safetensors file, or a folder with
-        config.json and model.safetensors or pytorch_model.bin, in one piece or in shards.
+      path: a .pth, .pt, .bin, .ckpt (these need PyTorch) or .safetensors file, or a folder with one
+        of these, or with shards of one and their index (*.index.json), and perhaps config.json.
       keys: names of entries of the model, the most telling first.
 
     Raises:
-      AmskvError: if there is no such file, it is damaged, or holds no or several state dicts.
+      AmskvError: if there is no such file, it is damaged, a shard is missing, or it holds no or
+        several state dicts.
     """
     path = Path(path)
     content, settings = _read_folder(path) if path.is_dir() else (_read_file(path), {})
@@ -87,17 +73,19 @@ def read_state_dict(path: str | os.PathLike[str], keys: Sequence[str]) -> Source
             found = ", ".join("/".join(names) for names, _ in dicts) or "nothing"
             raise AmskvError(f"{path} holds no {keys[0]}; state dicts in it: {found}")
         names, state = dicts[0]
-    arrays = {key: _to_numpy(value, key, path) for key, value in state.items()}
-    return Source(path, arrays, settings | _settings_beside(content, names))
+    for key, value in state.items():
+        if value.dtype == object:
+            raise AmskvError(f"{path}: {key} is a {value.description}, which is not supported")
+    return Source(path, state, settings | _settings_beside(content, names))
 
 
 def _read_file(path: Path) -> Mapping[str, Any]:
     if not path.exists():
         raise AmskvError(f"{path} does not exist")
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
+        return read_safetensors(path)
     if path.suffix in TORCH_SUFFIXES:
-        return _read_torch(path)
+        return read_torch(path)
     raise AmskvError(
         f"{path} is of an unknown type: expected {', '.join(TORCH_SUFFIXES)} or .safetensors"
     )
@@ -107,86 +95,53 @@ def _read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read a folder of the hub: its weights, and the constructor's arguments in config.json."""
     config = path / "config.json"
     settings = _read_json(config) if config.exists() else {}
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        index = path / f"{name}.index.json"
-        if index.exists():
-            shards = sorted(set(_read_json(index).get("weight_map", {}).values()))
-        elif (path / name).exists():
-            shards = [name]
-        else:
-            continue
-        content: dict[str, Any] = {}
-        for shard in shards:
-            content |= _read_file(path / shard)
-        return content, settings
-    raise AmskvError(f"{path} is a folder without model.safetensors or pytorch_model.bin")
+    content: dict[str, Any] = {}
+    for file in _weight_files(path):
+        content |= _read_file(file)
+    return content, settings
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """Return the files with the weights in a folder."""
+    for name in WEIGHTS:
+        if (path / f"{name}.index.json").exists():
+            return _shards(path / f"{name}.index.json")
+        if (path / name).exists():
+            return [path / name]
+    indices = sorted(path.glob("*.index.json"))
+    files = [file for file in sorted(path.iterdir()) if file.suffix in _SUFFIXES]
+    for kind in (indices, files):
+        if len(kind) == 1:
+            return _shards(kind[0]) if kind is indices else kind
+        if kind:
+            names = ", ".join(file.name for file in kind[:5])
+            raise AmskvError(f"{path} holds several files of weights: {names}. Give one of them")
+    raise AmskvError(f"{path} is a folder without {' or '.join(WEIGHTS)}")
+
+
+def _shards(index: Path) -> list[Path]:
+    """Return the files that an index names."""
+    places = _read_json(index).get("weight_map")
+    names = sorted(set(places.values())) if isinstance(places, dict) else []
+    if not names or any(Path(str(name)).name != name for name in names):
+        raise AmskvError(f"{index} is damaged: it does not say in which files the weights are")
+    missing = [name for name in names if not (index.parent / name).exists()]
+    if missing:
+        raise AmskvError(
+            f"{index.parent} lacks {len(missing)} of the {len(names)} files with the weights: "
+            f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}. Download it again"
+        )
+    return [index.parent / name for name in names]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AmskvError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise AmskvError(f"{path} does not hold a JSON object")
     return content
-
-
-def _read_torch(path: Path) -> Mapping[str, Any]:
-    try:
-        import torch  # noqa: PLC0415
-    except ImportError as error:
-        raise AmskvError(
-            f"reading {path} needs PyTorch: pip install 'amskv-jax[convert]', "
-            "or give a .safetensors file"
-        ) from error
-    try:  # only zip files can be mapped; those of PyTorch before 1.6 are none
-        content = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
-    except Exception as error:  # the unpickler and the zip reader raise many types
-        reason = str(error).strip().partition("\n")[0][:200]
-        raise AmskvError(
-            f"{path} cannot be read: it is truncated, damaged, or holds other Python objects than "
-            f"tensors ({reason})"
-        ) from error
-    if not isinstance(content, Mapping):
-        raise AmskvError(f"{path} holds a {type(content).__name__}, expected a state dict")
-    return content
-
-
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """Map a safetensors file: 8 bytes with the header's length, the header (JSON), the data.
-
-    The safetensors library would copy every tensor to tell its shape and type.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
-        if not 8 < start <= size:
-            raise AmskvError(f"{path} is truncated, or not a safetensors file")
-        header_bytes = file.read(start - 8)
-    try:
-        header = json.loads(header_bytes)
-        header.pop("__metadata__", None)
-        entries = {
-            key: (value["dtype"], tuple(value["shape"]), *value["data_offsets"])
-            for key, value in header.items()
-        }
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise AmskvError(f"{path} is damaged, or not a safetensors file") from error
-    data = np.memmap(path, np.uint8, "r") if size else np.empty(0, np.uint8)
-    state = {}
-    for key, (dtype_name, shape, begin, end) in entries.items():
-        dtype = SAFETENSORS_DTYPES.get(dtype_name)
-        if dtype is None:
-            raise AmskvError(f"{path}: {key} is of type {dtype_name}, which is not supported")
-        if start + end > size:
-            raise AmskvError(f"{path} is truncated: {key} ends at byte {start + end} of {size}")
-        if end - begin != math.prod(shape) * dtype.itemsize:
-            raise AmskvError(f"{path} is damaged: {key} {shape} has {end - begin} bytes")
-        state[key] = np.asarray(data[start + begin : start + end]).view(dtype).reshape(shape)
-    return state
 
 
 def _state_dicts(
@@ -216,20 +171,3 @@ def _settings_beside(content: Mapping[str, Any], names: Sequence[str]) -> dict[s
         settings |= beside if isinstance(beside, Mapping) else {}
         content = content[name]
     return settings
-
-
-def _to_numpy(value: Any, key: str, path: Path) -> np.ndarray:
-    """Return an array or a PyTorch tensor as a NumPy array without copying."""
-    if isinstance(value, np.ndarray):
-        return value
-    import torch  # noqa: PLC0415
-
-    value = value.detach()
-    try:
-        if value.dtype == torch.bfloat16:  # unknown to NumPy itself
-            return value.view(torch.int16).numpy().view(BFLOAT16)
-        return value.numpy()
-    except (TypeError, RuntimeError) as error:
-        raise AmskvError(
-            f"{path}: {key} is a {value.layout} tensor of {value.dtype}, which is not supported"
-        ) from error

@@ -74,6 +74,8 @@ T5 = Architecture(
     describe=describe,
     aliases={"encoder.embed_tokens.weight": "shared.weight"},
     foreign=("decoder.", "lm_head."),
+    infer=lambda source, before: infer_config(source.state, source.settings, str(source.path)),
+    files=("tokenizer.json",),
 )
 
 

@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from amskv_jax.convert.tensors import Tensor
 from amskv_jax.errors import AmskvError
 
 Shape = tuple[int, ...]
-StateDict = Mapping[str, np.ndarray]
-"""The reference's names and arrays, in PyTorch's layout."""
+Entry = np.ndarray | Tensor
+StateDict = Mapping[str, Entry]
+"""The reference's names and arrays, in PyTorch's layout, at hand or in a file."""
 
 
 @dataclass(frozen=True)
@@ -126,47 +128,48 @@ class Table:
         places = (rule.find(key) for rule in self.rules)
         return next((place for place in places if place is not None), None)
 
-    def to_params(
+    def leaves(
         self,
         state: StateDict,
         dtype: Callable[[str], np.dtype],
-        progress: Callable[[int], None] = lambda num_bytes: None,
-    ) -> dict[str, Any]:
-        """Return the parameter tree of a state dict.
+        seen: Callable[[str, np.ndarray], None] = lambda key, values: None,
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield the parameters of a state dict one by one: (path, array).
 
-        Every parameter is allocated once and filled in place, so beside the input (which may be
-        memory-mapped) and the output nothing is held.
+        Every parameter is allocated once and filled in place, entry by entry, so beside it nothing
+        but one entry is held.
 
         Args:
-          state: exactly the model's entries; see ``Architecture.check``.
+          state: exactly the model's entries, see ``Architecture.check``; read when they are used.
           dtype: the type in which to store the parameter at a path.
-          progress: told the size of every entry that has been read, in bytes.
-
-        Returns:
-          Nested dicts of NumPy arrays.
+          seen: told the key of every entry that has been read, and what was made of it.
         """
-        params = {}
         for path, members in self.places(state).items():
             key, place = next(iter(members.items()))
-            shape = place.transform.forward(state[key]).shape
             stack = () if place.index is None else (len(members),)
-            params[path] = np.empty((*stack, *shape), dtype(path))
+            leaf = np.empty((*stack, *_shape_after(place, state[key].shape)), dtype(path))
             for key, place in members.items():
-                where = ... if place.index is None else place.index
-                params[path][where] = place.transform.forward(state[key])
-                progress(state[key].nbytes)
-        return unflatten_dict(params, sep="/")
+                own = leaf[...] if place.index is None else leaf[place.index]
+                own[...] = place.transform.forward(np.asarray(state[key]))
+                seen(key, own)
+            yield path, leaf
+            del leaf, own  # whoever took it decides how long it is held
+
+    def to_params(self, state: StateDict, dtype: Callable[[str], np.dtype]) -> dict[str, Any]:
+        """Return the parameter tree of a state dict, nested dicts of NumPy arrays; see ``leaves``.
+
+        Beside the input and the output nothing but one entry is held.
+        """
+        return unflatten_dict(dict(self.leaves(state, dtype)), sep="/")
 
     def to_state_dict(self, params: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
         """Return views of the parameters under the reference's keys and in its layout."""
-        flat = flatten_dict(params, sep="/")
-        state = {}
-        for path, members in self.places(keys).items():
-            array = np.asarray(flat[path])
-            for key, place in members.items():
-                own = array if place.index is None else array[place.index]
-                state[key] = place.transform.inverse(own)
-        return state
+        places = self.places(keys)
+        return {
+            key: value
+            for path, leaf in flatten_dict(params, sep="/").items()
+            for key, value in entries_of(np.asarray(leaf), places[path])
+        }
 
     def places(self, keys: Iterable[str]) -> dict[str, dict[str, Place]]:
         """Return which entries make each parameter: path -> key -> place.
@@ -188,8 +191,7 @@ class Table:
         result = {}
         for path, members in self.places(shapes).items():
             key, place = next(iter(members.items()))
-            # A view of one zero has the shape but not the size.
-            one = place.transform.forward(np.broadcast_to(np.float32(0), shapes[key])).shape
+            one = _shape_after(place, shapes[key])
             result[path] = one if place.index is None else (len(members), *one)
         return result
 
@@ -198,3 +200,15 @@ class Table:
         if place is None:
             raise AmskvError(f"no rule for the entry {key}")
         return place
+
+
+def entries_of(leaf: np.ndarray, places: Mapping[str, Place]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the entries that make a parameter, as views of it in the reference's layout."""
+    for key, place in places.items():
+        yield key, place.transform.inverse(leaf if place.index is None else leaf[place.index])
+
+
+def _shape_after(place: Place, shape: Shape) -> Shape:
+    """Return the shape which an entry of this shape has in this package's layout."""
+    # A view of one zero has the shape but not the size.
+    return place.transform.forward(np.broadcast_to(np.float32(0), shape)).shape

@@ -105,6 +105,9 @@ VAR = Architecture(
     shapes=shapes,
     buffers=buffers,
     describe=describe,
+    infer=lambda source, before: infer_config(
+        source.state, settings=source.settings, source=str(source.path)
+    ),
 )
 
 

@@ -140,6 +140,12 @@ VQVAE = Architecture(
     buffers=buffers,
     describe=describe,
     rename=rename,
+    infer=lambda source, before: infer_config(
+        source.state,
+        before["transformer"].config.schedule,
+        before["transformer"].settings.get("vae_kwargs"),
+        str(source.path),
+    ),
 )
 
 

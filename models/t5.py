@@ -12,6 +12,7 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
+from amskv_jax.models.parts import Built, module_of
 from amskv_jax.precision import precision_of
 
 MAX_DISTANCE = 2**20
@@ -269,3 +270,10 @@ class T5Encoder(nn.Module):
         by_distance = self.position_bias.astype(jnp.float32)[buckets]  # [2 T - 1, heads]
         position = jnp.arange(length)
         return by_distance[position - position[:, None] + length - 1].transpose(2, 0, 1)
+
+
+@module_of.register
+def _(config: T5Config) -> Built:
+    shape = (1, 1)
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
+    return T5Encoder(config), (tokens, jax.ShapeDtypeStruct(shape, jnp.bool_))

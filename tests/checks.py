@@ -18,7 +18,7 @@ def assert_same_state(found, expected):
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         assert found[key].dtype == value.dtype, key
-        assert found[key].tobytes() == value.tobytes(), key
+        assert np.asarray(found[key]).tobytes() == value.tobytes(), key
 
 
 def to_torch(torch, state):

@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 
 from amskv_jax.checkpoints.initialize import init_checkpoint
 from amskv_jax.cli import main
-from amskv_jax.testing import SMALL, TOKENIZER, TRANSFORMER
+from amskv_jax.testing import TINY_VAR, TOKENIZER, TRANSFORMER
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,9 @@ def amskv(monkeypatch, capsys):
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Path:
-    """A checkpoint of ``SMALL`` with random weights; not to be changed."""
+    """A checkpoint of ``TINY_VAR`` with random weights; not to be changed."""
     directory = tmp_path_factory.mktemp("small") / "checkpoint"
-    init_checkpoint(SMALL, directory)
+    init_checkpoint(TINY_VAR, directory)
     return directory
 
 

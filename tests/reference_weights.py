@@ -3,7 +3,7 @@
 import importlib.util
 from pathlib import Path
 
-from amskv_jax.convert.api import ARCHITECTURES, to_params
+from amskv_jax.convert.api import architecture_of, to_params
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -17,7 +17,7 @@ def load_recipe():
 
 def recipe_state(config):
     """The reference's state dict, buffers included, of the model with this configuration."""
-    architecture = ARCHITECTURES[type(config)]
+    architecture = architecture_of(type(config))
     manifest = {key: {"shape": shape} for key, shape in architecture.shapes(config).items()}
     return load_recipe().make_state(manifest) | architecture.buffers(config)
 

@@ -8,6 +8,7 @@ import pytest
 
 from amskv_jax import benchmark
 from amskv_jax.benchmark import Measurement, OutOfMemoryError, measure, measure_in_new_process
+from amskv_jax.checkpoints.initialize import random_params
 from amskv_jax.generate import Sampler
 from amskv_jax.policies import Full
 from amskv_jax.sampling import TokenSampling
@@ -24,8 +25,8 @@ def test_every_arm_has_a_process_of_its_own():
     assert len(found.seconds) == 2
     assert found.pictures_per_second == 2 / max(found.seconds)  # the upper one of two
     assert found.compile_seconds > 0.1
-    params = benchmark.random_params(SAMPLER)
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params["transformer"]))
+    params = random_params(TINY_VAR, parts=["transformer"])
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     assert found.predicted_bytes > weights
     assert found.peak_bytes is None  # CPUs report none
 

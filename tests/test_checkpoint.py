@@ -1,6 +1,7 @@
 import errno
 import json
 import shutil
+from dataclasses import asdict
 
 import chex
 import jax
@@ -11,34 +12,37 @@ import pytest
 from checks import message
 from reference_weights import recipe_params, recipe_state
 
-from amskv_jax.checkpoints import folder as checkpoint
+from amskv_jax.checkpoints import writer
 from amskv_jax.checkpoints.folder import load_checkpoint, read_info, save_checkpoint
+from amskv_jax.checkpoints.weights import fingerprint
 from amskv_jax.convert import to_params
+from amskv_jax.models.guidance import Drawing
 from amskv_jax.models.var.config import VARConfig, VQVAEConfig
+from amskv_jax.models.var.model import VARModel
 from amskv_jax.schedule import ScaleSchedule
 
 SCHEDULE = ScaleSchedule.square((1, 2, 3))
-CONFIGS = {
-    "transformer": VARConfig(2, 64, 1, schedule=SCHEDULE, num_classes=10, vocab_size=64),
-    "tokenizer": VQVAEConfig(
+MODEL = VARModel(
+    VARConfig(2, 64, 1, schedule=SCHEDULE, num_classes=10, vocab_size=64),
+    VQVAEConfig(
         schedule=SCHEDULE,
         vocab_size=64,
         channels=32,
         channel_multipliers=(1, 2),
         num_res_blocks=1,
     ),
-}
+)
 
 
 @pytest.fixture(scope="module")
 def params():
-    return {part: recipe_params(config) for part, config in CONFIGS.items()}
+    return {part: recipe_params(config) for part, config in MODEL.parts.items()}
 
 
 @pytest.fixture(scope="module")
 def saved(params, tmp_path_factory):
     directory = tmp_path_factory.mktemp("saved") / "checkpoint"
-    save_checkpoint(directory, CONFIGS, params)
+    save_checkpoint(directory, MODEL, params)
     return directory
 
 
@@ -59,9 +63,74 @@ def test_what_was_saved_is_loaded(saved, params):
     chex.assert_trees_all_equal(loaded.params, params)
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(loaded.params))
     assert loaded.info == read_info(saved)
-    assert loaded.info.configs == CONFIGS
+    assert loaded.info.model == MODEL
     assert (loaded.info.kind, loaded.info.dtype) == ("var", "float32")
     assert sorted(path.name for path in saved.iterdir()) == ["config.json", "params"]
+
+
+def test_parts_are_restored_alone(saved, params, copy):
+    values = copy / "params" / "transformer" / "0" / "ocdbt.process_0" / "d"
+    for path in values.iterdir():
+        path.unlink()
+    loaded = load_checkpoint(copy, parts=["tokenizer"])
+    chex.assert_trees_all_equal(loaded.params, {"tokenizer": params["tokenizer"]})
+    fingerprints = {part: fingerprint(tree) for part, tree in params.items()}
+    assert loaded.info.fingerprints == fingerprints
+    assert loaded.info.fingerprint == fingerprint(params)
+    assert f"{copy} has no text_encoder: it holds transformer, tokenizer" in message(
+        load_checkpoint, copy, parts=["text_encoder"]
+    )
+
+
+def test_each_part_is_checked_alone(copy):
+    edit_config(copy, lambda content: content["fingerprints"].update(tokenizer="0" * 32))
+    load_checkpoint(copy, parts=["transformer"])
+    text = message(load_checkpoint, copy, parts=["tokenizer"])
+    assert f"the weights in {copy / 'params' / 'tokenizer'} are not those which" in text
+
+
+def test_drawing_lies_beside_the_weights(params, tmp_path):
+    assert save_checkpoint(tmp_path / "a", MODEL, params).drawing == MODEL.drawing == Drawing()
+    drawing = Drawing(cfg=(1.0, 2.0, 3.5), top_k=2, guide=(0, -1), more_smooth=True)
+    save_checkpoint(tmp_path / "b", MODEL, params, drawing=drawing)
+    assert read_info(tmp_path / "b").drawing == drawing
+
+
+def save_version_1(directory, params, **more):
+    """What this package wrote before checkpoints had parts."""
+    directory.mkdir()
+    with ocp.PyTreeCheckpointer(use_compression=False) as checkpointer:
+        checkpointer.save(directory / "params", params)
+    content = {
+        "format": "amskv-jax checkpoint",
+        "version": 1,
+        "kind": "var",
+        "configs": {part: asdict(config) for part, config in MODEL.parts.items()},
+        "dtype": "float32",
+        "fingerprint": fingerprint(params),
+        **more,
+    }
+    (directory / "config.json").write_text(json.dumps(content))
+    return directory
+
+
+def test_version_1_is_read(params, saved, tmp_path):
+    old = save_version_1(tmp_path / "old", params, guidance=4.0, classes=list("abcdefghij"))
+    info = read_info(old)
+    assert info.model == MODEL
+    assert info.fingerprint == read_info(saved).fingerprint
+    assert (info.classes, info.drawing) == (tuple("abcdefghij"), Drawing(cfg=4.0))
+    chex.assert_trees_all_equal(load_checkpoint(old).params, params)
+    alone = load_checkpoint(old, parts=["tokenizer"]).params
+    chex.assert_trees_all_equal(alone, {"tokenizer": params["tokenizer"]})
+    assert read_info(save_version_1(tmp_path / "older", params)).drawing == Drawing()
+
+
+def test_version_1_has_one_fingerprint_for_all(params, tmp_path):
+    old = save_version_1(tmp_path / "old", params, fingerprint="0" * 32)
+    assert "not those which config.json was written for" in message(
+        load_checkpoint, old, parts=["tokenizer"]
+    )
 
 
 def test_casting_keeps_quantizer_and_temperatures_in_float32(saved):
@@ -78,8 +147,8 @@ def test_casting_keeps_quantizer_and_temperatures_in_float32(saved):
 
 
 def test_bfloat16_checkpoint_has_the_fingerprint_of_the_float32_one(saved, tmp_path):
-    half = {part: to_params(recipe_state(c), c, "bfloat16") for part, c in CONFIGS.items()}
-    info = save_checkpoint(tmp_path / "half", CONFIGS, half)
+    half = {part: to_params(recipe_state(c), c, "bfloat16") for part, c in MODEL.parts.items()}
+    info = save_checkpoint(tmp_path / "half", MODEL, half)
     assert info.dtype == "bfloat16"
     assert info.fingerprint == read_info(saved).fingerprint
     chex.assert_trees_all_equal(load_checkpoint(tmp_path / "half").params, half)
@@ -96,20 +165,20 @@ def test_fingerprint_sees_values_shapes_and_names():
         {"a": {"b": np.arange(6, dtype=np.float32).reshape(2, 3)}, "c": np.ones(3, np.float32)},
         {"a": {"d": np.arange(6, dtype=np.float32)}, "c": np.ones(3, np.float32)},
     ]
-    assert checkpoint.fingerprint(weights) == checkpoint.fingerprint(same)
-    assert len({checkpoint.fingerprint(tree) for tree in (weights, *others)}) == 4
+    assert fingerprint(weights) == fingerprint(same)
+    assert len({fingerprint(tree) for tree in (weights, *others)}) == 4
 
 
 def test_an_empty_folder_may_exist_and_missing_ones_are_made(params, tmp_path):
     (tmp_path / "empty").mkdir()
-    save_checkpoint(tmp_path / "empty", CONFIGS, params)
-    save_checkpoint(tmp_path / "a" / "b", CONFIGS, params)
+    save_checkpoint(tmp_path / "empty", MODEL, params)
+    save_checkpoint(tmp_path / "a" / "b", MODEL, params)
     assert read_info(tmp_path / "empty") == read_info(tmp_path / "a" / "b")
 
 
 def test_an_existing_folder_is_left_alone(params, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    text = message(save_checkpoint, tmp_path, CONFIGS, params)
+    text = message(save_checkpoint, tmp_path, MODEL, params)
     assert f"{tmp_path} exists" in text
     assert "another output folder" in text
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
@@ -129,10 +198,10 @@ def test_a_disk_error_leaves_nothing_behind(params, tmp_path, monkeypatch, where
     if where == "weights":
         monkeypatch.setattr(ocp.PyTreeCheckpointer, "save", write_a_part_and_fail)
     elif where == "config":
-        monkeypatch.setattr(checkpoint, "write_text", fail)
+        monkeypatch.setattr(writer, "write_text", fail)
     else:
         monkeypatch.setattr(type(tmp_path), "rename", fail)
-    text = message(save_checkpoint, tmp_path / "out", CONFIGS, params)
+    text = message(save_checkpoint, tmp_path / "out", MODEL, params)
     assert f"cannot write {tmp_path / 'out'}" in text
     assert str(error) in text
     assert list(tmp_path.iterdir()) == []
@@ -142,18 +211,16 @@ def test_an_interruption_leaves_nothing_behind(params, tmp_path, monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "write_text", interrupt)
+    monkeypatch.setattr(writer, "write_text", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        save_checkpoint(tmp_path / "out", CONFIGS, params)
+        save_checkpoint(tmp_path / "out", MODEL, params)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_disk_too_full_is_refused_before_writing(params, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    assert "the disk has 0.00 GiB left" in message(
-        save_checkpoint, tmp_path / "out", CONFIGS, params
-    )
+    assert "the disk has 0.00 GiB left" in message(save_checkpoint, tmp_path / "out", MODEL, params)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -163,45 +230,24 @@ def test_parameters_that_do_not_fit_are_not_saved(params, tmp_path):
     head["kernel"] = head["kernel"].T.copy()
     wrong["tokenizer"]["extra"] = np.zeros(2, np.float32)
     del wrong["transformer"]["position_start"]
-    text = message(save_checkpoint, tmp_path / "out", CONFIGS, wrong)
+    text = message(save_checkpoint, tmp_path / "out", MODEL, wrong)
     assert "missing: transformer/position_start (1, 64)" in text
     assert "unexpected: tokenizer/extra (2,)" in text
     wrong_shape = "wrong shape: transformer/head/kernel, expected (64, 64)"
     assert wrong_shape not in text  # a square matrix looks the same transposed
 
     head["kernel"] = head["kernel"][:, :1]
-    assert f"{wrong_shape}, found (64, 1)" in message(save_checkpoint, tmp_path, CONFIGS, wrong)
+    assert f"{wrong_shape}, found (64, 1)" in message(save_checkpoint, tmp_path, MODEL, wrong)
 
 
 def test_mixed_types_are_not_saved(params, tmp_path):
     wrong = jax.tree.map(lambda leaf: leaf, params)
     wrong["transformer"]["head"]["bias"] = wrong["transformer"]["head"]["bias"].astype(np.float16)
-    text = message(save_checkpoint, tmp_path / "out", CONFIGS, wrong)
+    text = message(save_checkpoint, tmp_path / "out", MODEL, wrong)
     assert "cannot be stored as float16" in text
     wrong["transformer"]["head"]["bias"] = jnp.zeros(64, jnp.bfloat16)
-    text = message(save_checkpoint, tmp_path / "out", CONFIGS, wrong)
+    text = message(save_checkpoint, tmp_path / "out", MODEL, wrong)
     assert "as float32: expected bfloat16" in text
-
-
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        ({"vocab_size": 32}, "has 64 codes, the tokenizer 32"),
-        ({"latent_channels": 16}, "has 32 channels per code, the tokenizer 16"),
-        ({"schedule": ScaleSchedule.square((1, 2))}, "the tokenizer 1, 2"),
-    ],
-)
-def test_transformer_and_tokenizer_must_belong_together(params, tmp_path, change, expected):
-    fields = vars(CONFIGS["tokenizer"]) | change
-    configs = CONFIGS | {"tokenizer": VQVAEConfig(**fields)}
-    text = message(save_checkpoint, tmp_path / "out", configs, params)
-    assert "do not belong together" in text
-    assert expected in text
-
-
-def test_parts_of_no_kind_are_not_saved(params, tmp_path):
-    configs = {"transformer": CONFIGS["transformer"]}
-    assert "no kind of checkpoint" in message(save_checkpoint, tmp_path / "out", configs, params)
 
 
 def test_folders_that_are_no_checkpoint(saved, tmp_path):
@@ -214,10 +260,11 @@ def test_folders_that_are_no_checkpoint(saved, tmp_path):
 
 
 def test_other_versions_and_kinds_are_refused(copy):
-    edit_config(copy, lambda content: content.update(version=2))
-    assert "of version 2" in message(load_checkpoint, copy)
-    edit_config(copy, lambda content: content.update(version=1, kind="infinity"))
-    assert "kind 'infinity', expected version 1 and kind var" in message(load_checkpoint, copy)
+    edit_config(copy, lambda content: content.update(version=3))
+    assert "of version 3" in message(load_checkpoint, copy)
+    edit_config(copy, lambda content: content.update(version=2, kind="unheard"))
+    text = message(load_checkpoint, copy)
+    assert "kind 'unheard', expected version 1 or 2 and kind var" in text
     edit_config(copy, lambda content: content.update(kind="var", configs={}))
     assert "config.json is damaged: KeyError('transformer')" in message(load_checkpoint, copy)
 
@@ -234,13 +281,52 @@ def test_weights_must_be_those_of_the_configuration(copy):
     assert "not those which config.json was written for" in message(load_checkpoint, copy)
 
 
-@pytest.mark.parametrize("damage", ["all", "data", "manifest"])
+@pytest.mark.parametrize("damage", ["all", "data", "list", "mark"])
 def test_damaged_weights(copy, damage):
+    group = copy / "params" / "tokenizer" / "0"
     if damage == "all":
-        shutil.rmtree(copy / "params")
+        shutil.rmtree(group)
+        group = group.parent
     elif damage == "data":
-        for path in copy.rglob("d/*"):
+        for path in group.rglob("d/*"):
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif damage == "list":
+        (group / "_METADATA").write_text("{")
     else:
-        (copy / "params" / "_METADATA").write_text("{")
-    assert f"the weights in {copy / 'params'} cannot be read" in message(load_checkpoint, copy)
+        (group / "_METADATA").unlink()
+    text = message(load_checkpoint, copy)
+    assert f"the weights in {group} cannot be read: " in text
+    assert "NoneType" not in text
+    assert "Convert or copy the checkpoint again" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"depth": 10**9}, "transformer/depth is 1000000000, which the sizes of its parameters"),
+        ({"num_heads": 10**9}, "transformer/num_heads is 1000000000"),
+        ({"mlp_ratio": 1e300}, "transformer/mlp_ratio is 1e+300"),
+        ({"mlp_ratio": float("nan")}, "transformer/mlp_ratio is not finite"),
+        ({"schedule": {"grids": [[1, 1]] * 5000}}, "length of transformer/schedule/grids is 5000"),
+        ({"schedule": {"grids": [[4000, 4000]]}}, "do not belong together"),
+        ({"num_heads": 0}, "config.json is damaged: ZeroDivisionError"),
+        ({"depth": "2"}, "config.json is damaged: TypeError"),
+        ({"depth": True}, "config.json is damaged: TypeError"),
+        ({"colour": 2}, "VARConfig has no field colour"),
+        ({"schedule": {"grids": [[1]]}}, "config.json is damaged: TypeError"),
+        ({"depth": -2}, "no model can have the shape VARConfig(depth=-2"),
+        ({"depth": 4000}, "does not fit its configuration"),
+    ],
+)
+def test_impossible_configurations_end_in_a_message(copy, change, expected):
+    edit_config(copy, lambda content: content["configs"]["transformer"].update(change))
+    assert expected in message(load_checkpoint, copy)
+
+
+def test_scales_without_end_are_refused(copy):
+    def edit(content):
+        for part in content["configs"].values():
+            part["schedule"] = {"grids": [[4000, 4000]]}
+
+    edit_config(copy, edit)
+    assert "its scales have 16000000 tokens" in message(read_info, copy)

@@ -15,7 +15,7 @@ from amskv_jax import configs
 from amskv_jax.checkpoints.folder import load_checkpoint, read_info
 from amskv_jax.plan.retention import RetentionPlan
 from amskv_jax.policies import AMSKV, Sink
-from amskv_jax.testing import SCHEDULE, SMALL
+from amskv_jax.testing import SCHEDULE, TINY_VAR
 
 
 def table_row(out, name):
@@ -59,7 +59,7 @@ def test_init_draws_the_same_weights_from_the_same_seed(amskv, tmp_path):
         done = amskv("init", "--model", "var-tiny", "--seed", seed, "--out", tmp_path / name)
         assert (done.code, done.out) == (0, f"wrote {tmp_path / name}\n")
     a, b, c = (load_checkpoint(tmp_path / name) for name in "abc")
-    assert a.info.configs["transformer"] == configs.get("var-tiny").transformer
+    assert a.info.configs["transformer"] == configs.get("var-tiny").model.transformer
     chex.assert_trees_all_equal(a.params, b.params)
     assert a.info.fingerprint == b.info.fingerprint != c.info.fingerprint
 
@@ -127,7 +127,7 @@ def test_plans_are_saved_read_again_and_drawn(amskv, checkpoint, tmp_path):
     assert (done.code, done.err) == (0, "")
     assert done.out.endswith(f"wrote {path}\nwrote {plot}\n")
     plan = RetentionPlan.load(path)
-    assert plan == Sink(1, 3).plan(SMALL.transformer.cache_shape)
+    assert plan == Sink(1, 3).plan(TINY_VAR.transformer.cache_shape)
     with Image.open(plot) as image:
         assert min(image.size) > 500
 
@@ -163,7 +163,7 @@ def test_sample_writes_pictures_and_tokens_and_says_what_it_took(sample, tmp_pat
     assert saved["tokens"].dtype == np.int32
     assert saved["tokens"].shape == (3, SCHEDULE.total)
     assert saved["tokens"].min() >= 0
-    assert saved["tokens"].max() < SMALL.transformer.vocab_size
+    assert saved["tokens"].max() < TINY_VAR.transformer.vocab_size
     assert saved["labels"].tolist() == [3, 7, 8]
     assert saved["seed"] == 5
     with Image.open(tmp_path / "sheet.png") as sheet:

@@ -11,7 +11,7 @@ from made_stats import random_stats
 from amskv_jax import configs
 from amskv_jax.policies import REGISTRY
 
-D16 = configs.get("var-d16").transformer
+D16 = configs.get("var-d16").model.transformer
 
 
 @pytest.fixture

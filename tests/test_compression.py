@@ -6,9 +6,9 @@ from flax.traverse_util import flatten_dict
 from amskv_jax.checkpoints import compression
 from amskv_jax.checkpoints.compression import (
     SMALL,
+    CompressedFile,
     compress,
     decompress,
-    read_compressed,
     write_compressed,
 )
 from amskv_jax.errors import AmskvError
@@ -114,8 +114,13 @@ def test_weights_that_cannot_be_compressed():
 def test_file(params, tmp_path):
     path, arrays = tmp_path / "weights.safetensors", compress(params)
     write_compressed(path, arrays, "what this is")
-    assert compression.read_description(path) == "what this is"
-    found = flatten_dict(read_compressed(path), sep="/")
+    assert CompressedFile(path).description() == "what this is"
+    found = {
+        f"{part}/{name}": leaf
+        for part in params
+        for name, leaf in CompressedFile(path).leaves(part)
+    }
+    assert found.keys() == flatten_dict(params, sep="/").keys()
     for name, leaf in flatten_dict(decompress(arrays), sep="/").items():
         np.testing.assert_array_equal(found[name], leaf)
     assert path.stat().st_size < 1.01 * sum(array.nbytes for array in arrays.values())
@@ -125,17 +130,17 @@ def test_file(params, tmp_path):
 def test_files_that_are_something_else(params, tmp_path):
     path = tmp_path / "weights.safetensors"
     path.write_text("hello")
-    for read in (compression.read_description, read_compressed):
+    for read in (CompressedFile.description, lambda file: file.shapes("transformer")):
         with pytest.raises(AmskvError, match=r"weights\.safetensors.*(damaged|cannot be read)"):
-            read(path)
+            read(CompressedFile(path))
     path.write_bytes(compression.save({"a": np.zeros(3, np.float32)}))
     with pytest.raises(AmskvError, match="not a packed checkpoint of this package"):
-        compression.read_description(path)
+        CompressedFile(path).description()
     arrays = compress(params)
     del arrays["transformer/head/kernel:scale"]
     write_compressed(path, arrays, "")
     with pytest.raises(AmskvError, match="the scales of transformer/head/kernel are missing"):
-        read_compressed(path)
+        list(CompressedFile(path).leaves("transformer"))
 
 
 def test_a_file_that_cannot_be_written_leaves_nothing_behind(params, tmp_path, monkeypatch):

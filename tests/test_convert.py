@@ -2,6 +2,8 @@
 
 import json
 import sys
+import tracemalloc
+from dataclasses import replace
 
 import chex
 import jax.numpy as jnp
@@ -12,7 +14,16 @@ from reference_weights import recipe_state
 from safetensors.numpy import load_file, save_file
 
 from amskv_jax.checkpoints.folder import load_checkpoint
-from amskv_jax.convert import convert_var, export_var, to_params, var, vqvae
+from amskv_jax.convert import (
+    api,
+    convert,
+    convert_var,
+    export_checkpoint,
+    tensors,
+    to_params,
+    var,
+    vqvae,
+)
 from amskv_jax.convert.read import read_state_dict
 from amskv_jax.models.var.config import VARConfig, VQVAEConfig
 from amskv_jax.testing import SCHEDULE, TOKENIZER, TRANSFORMER, VAR_FIELDS, VQVAE_FIELDS
@@ -34,12 +45,11 @@ def test_safetensors_to_checkpoint_and_back(files, transformer, tokenizer, tmp_p
     assert {what for what, _ in seen} == {
         "converting transformer",
         "converting tokenizer",
-        "writing",
     }
     assert all(0 <= fraction <= 1 for _, fraction in seen)
-    assert seen[-1] == ("writing", 1.0)
+    assert seen[-1] == ("converting tokenizer", 1.0)
 
-    export_var(tmp_path / "out", tmp_path / "exported")
+    export_checkpoint(tmp_path / "out", tmp_path / "exported")
     names = {path.name for path in (tmp_path / "exported").iterdir()}
     assert names == {"transformer.safetensors", "tokenizer.safetensors"}
     for name, state in (("transformer", transformer), ("tokenizer", tokenizer)):
@@ -90,7 +100,7 @@ def test_half_precision_files(name, suffix, tmp_path, write):
             to_params(states[0], TRANSFORMER, dtype),
         )
     if name == "bfloat16":
-        export_var(tmp_path / "bfloat16", tmp_path / "exported")
+        export_checkpoint(tmp_path / "bfloat16", tmp_path / "exported")
         exported = load_file(tmp_path / "exported" / "transformer.safetensors")
         key = "blocks.1.ffn.fc1.weight"
         assert exported[key].dtype == states[0][key].dtype
@@ -156,9 +166,9 @@ def test_folder_of_the_hub(tokenizer, tmp_path, write, shards):
 
     if shards > 1:
         (tmp_path / "hub" / "model-00002-of-00003.safetensors").unlink()
-        assert "model-00002-of-00003.safetensors does not exist" in message(
-            read_state_dict, tmp_path / "hub", var.VAR.keys
-        )
+        text = message(read_state_dict, tmp_path / "hub", var.VAR.keys)
+        assert "hub lacks 1 of the 3 files with the weights" in text
+        assert "model-00002-of-00003.safetensors. Download it again" in text
 
 
 def test_folder_with_pytorch_model_bin(torch, transformer, tmp_path):
@@ -187,3 +197,97 @@ def test_reading_pth_without_torch(transformer, tmp_path, monkeypatch):
     text = message(read_state_dict, tmp_path / "var.pth", var.VAR.keys)
     assert "amskv-jax[convert]" in text
     assert ".safetensors" in text
+
+
+def test_folders_with_other_names(tokenizer, transformer, tmp_path, torch):
+    """As the hub has Infinity 8B: an index of its own name, and shards which torch.save wrote."""
+    torch_state = to_torch(torch, transformer)
+    names = {key: f"part-{i % 2}.bin" for i, key in enumerate(torch_state)}
+    for name in ("part-0.bin", "part-1.bin"):
+        own = {key: value for key, value in torch_state.items() if names[key] == name}
+        torch.save(own, tmp_path / name)
+    index = tmp_path / "weights.bin.index.json"
+    index.write_text(json.dumps({"weight_map": names}))
+    assert_same_state(read_state_dict(tmp_path, var.VAR.keys).state, transformer)
+    for wrong in ("{}", '{"weight_map": {"a": "../a.bin"}}', '{"weight_map": {"a": 1}}'):
+        index.write_text(wrong)
+        assert "weights.bin.index.json is damaged: it does not say in which files" in message(
+            read_state_dict, tmp_path, var.VAR.keys
+        )
+    index.unlink()
+    text = message(read_state_dict, tmp_path, var.VAR.keys)
+    assert "holds several files of weights: part-0.bin, part-1.bin. Give one of them" in text
+    (tmp_path / "part-1.bin").unlink()
+    found = read_state_dict(tmp_path, var.VAR.keys).state
+    assert found.keys() == {key for key, name in names.items() if name == "part-0.bin"}
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_files_are_read_tensor_by_tensor(torch, transformer, tmp_path, write, monkeypatch, suffix):
+    path = tmp_path / f"transformer.{suffix}"
+    if suffix == "pth":
+        torch.save(to_torch(torch, transformer), path)
+    else:
+        write(transformer, "transformer")
+    mapped = []
+    load = torch.load
+    monkeypatch.setattr(torch, "load", lambda *a, **k: mapped.append(1) or load(*a, **k))
+    monkeypatch.setattr(tensors, "MAPPED_BYTES", 10**6)
+    source = read_state_dict(path, var.VAR.keys)
+    tracemalloc.start()
+    for path_, leaf in var.VAR.leaves(source.state, TRANSFORMER):
+        assert path_
+        del leaf
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    largest = 3 * 128 * 6 * 128 * 4  # modulation of three layers
+    entry = largest // 3
+    assert peak < largest + entry + 200_000 < sum(v.nbytes for v in transformer.values()) / 2
+    assert len(mapped) == {"pth": 4, "safetensors": 0}[suffix]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("wrong", [np.nan, -np.inf])
+def test_weights_that_are_not_finite(files, transformer, tmp_path, write, wrong, dtype):
+    key = "blocks.1.attn.proj.weight"
+    value = transformer[key].copy()
+    value[3, 5:7] = wrong
+    path = write(transformer | {key: value}, "damaged")
+    text = message(convert_var, path, files[1], tmp_path / "out", dtype=dtype)
+    assert "damaged.safetensors holds weights that are not finite: 2 of the 16384 numbers" in text
+    assert f"numbers in {key} are NaN or infinite" in text
+    assert "keep them with --keep-not-finite" in text
+    assert not (tmp_path / "out").exists()
+
+    convert_var(path, files[1], tmp_path / "out", dtype=dtype, keep_not_finite=True)
+    export_checkpoint(tmp_path / "out", tmp_path / "exported")
+    found = load_file(tmp_path / "exported" / "transformer.safetensors")[key]
+    expected = value.astype(found.dtype).astype(
+        np.float32
+    )  # NumPy takes no bfloat16 NaNs for equal
+    np.testing.assert_array_equal(found.astype(np.float32), expected)
+
+
+def test_kinds_and_parts_that_cannot_be_converted(files, tmp_path):
+    parts = {"transformer": files[0]}
+    text = message(convert, "var", parts, tmp_path / "out")
+    assert (
+        "kind var has the parts transformer, tokenizer: there is no file of its tokenizer" in text
+    )
+    parts |= {"tokenizer": files[1], "text_encoder": files[1]}
+    assert "it has no text_encoder" in message(convert, "var", parts, tmp_path / "out")
+    assert "cannot convert 'gan': expected var" in message(convert, "gan", parts, tmp_path / "out")
+
+
+def test_small_files_go_with_the_part_that_needs_them(files, tmp_path, monkeypatch):
+    named = replace(vqvae.VQVAE, files=("vocabulary.json",))
+    monkeypatch.setitem(api.ARCHITECTURES["var"], "tokenizer", named)
+    text = message(convert_var, *files, tmp_path / "out")
+    assert "vocabulary.json cannot be read (No such file or directory): it belongs to" in text
+    (tmp_path / "vocabulary.json").write_bytes(b"[1, 2]")
+    info = convert_var(*files, tmp_path / "out")
+    assert info.files == ("vocabulary.json",)
+    names = export_checkpoint(tmp_path / "out", tmp_path / "exported")
+    assert names == ["tokenizer.safetensors", "transformer.safetensors", "vocabulary.json"]
+    for place in ("out", "exported"):
+        assert (tmp_path / place / "vocabulary.json").read_bytes() == b"[1, 2]"

@@ -1,15 +1,14 @@
 """Files that cannot be converted: one message each, and nothing half-written."""
 
-import shutil
-
 import numpy as np
 import pytest
 from checks import message, to_torch
 from flax.traverse_util import flatten_dict
 from reference_weights import recipe_state
 
-from amskv_jax.checkpoints import folder as checkpoint
-from amskv_jax.convert import convert_var, export_var, to_params, to_state_dict, var, vqvae
+from amskv_jax.checkpoints import writer
+from amskv_jax.convert import convert_var, export_checkpoint, to_params, to_state_dict, var, vqvae
+from amskv_jax.convert.write import SafetensorsWriter
 from amskv_jax.models.var.config import VQVAEConfig
 from amskv_jax.testing import SCHEDULE, TOKENIZER, TRANSFORMER, VQVAE_FIELDS
 
@@ -182,7 +181,7 @@ def test_output_folder_exists(files, tmp_path):
     (out / "precious.txt").write_text("keep")
     assert_refused(files, tmp_path, "out exists", "another output folder")
     convert_var(*files, tmp_path / "checkpoint")
-    assert "out exists" in message(export_var, tmp_path / "checkpoint", out)
+    assert "out exists" in message(export_checkpoint, tmp_path / "checkpoint", out)
     assert [path.name for path in out.iterdir()] == ["precious.txt"]
 
 
@@ -190,14 +189,17 @@ def test_disk_error_while_exporting(files, tmp_path, monkeypatch):
     convert_var(*files, tmp_path / "checkpoint")
     written = []
 
-    def fail_at_the_second(arrays, path, metadata):
-        if written:
-            raise OSError(28, "No space left on device")
-        written.append(shutil.copy(files[0], path))
+    write = SafetensorsWriter.write
 
-    monkeypatch.setattr("amskv_jax.convert.api.save_file", fail_at_the_second)
+    def fail_at_the_third(self, key, value):
+        if len(written) == 2:
+            raise OSError(28, "No space left on device")
+        written.append(key)
+        write(self, key, value)
+
+    monkeypatch.setattr(SafetensorsWriter, "write", fail_at_the_third)
     before = sorted(tmp_path.rglob("*"))
-    text = message(export_var, tmp_path / "checkpoint", tmp_path / "out")
+    text = message(export_checkpoint, tmp_path / "checkpoint", tmp_path / "out")
     assert "cannot write" in text
     assert "No space left on device" in text
     assert sorted(tmp_path.rglob("*")) == before
@@ -207,7 +209,7 @@ def test_disk_error_while_converting(files, tmp_path, monkeypatch):
     def fail(path, text):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_text", fail)
+    monkeypatch.setattr(writer, "write_text", fail)
     assert_refused(files, tmp_path, "cannot write", "No space left on device")
 
 

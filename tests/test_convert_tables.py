@@ -11,9 +11,9 @@ import pytest
 from checks import assert_same_state, message
 from reference_weights import GOLDEN, recipe_state
 
-from amskv_jax.checkpoints import folder as checkpoint
 from amskv_jax.convert import to_params, to_state_dict, var, vqvae
-from amskv_jax.convert.api import ARCHITECTURES
+from amskv_jax.convert.api import architecture_of
+from amskv_jax.models.kinds import param_shapes
 from amskv_jax.models.var.config import VARConfig, VQVAEConfig
 from amskv_jax.schedule import VAR_256, VAR_512, ScaleSchedule
 from amskv_jax.testing import SCHEDULE, TOKENIZER, TRANSFORMER, VAR_FIELDS, VQVAE_FIELDS
@@ -33,7 +33,7 @@ TOKENIZERS = [
 
 @pytest.mark.parametrize("config", TRANSFORMERS + TOKENIZERS, ids=str)
 def test_every_entry_has_one_rule_and_a_place_of_its_own(config):
-    architecture = ARCHITECTURES[type(config)]
+    architecture = architecture_of(type(config))
     places = set()
     for key in architecture.shapes(config):
         found = [rule.find(key) for rule in architecture.table.rules]
@@ -45,9 +45,9 @@ def test_every_entry_has_one_rule_and_a_place_of_its_own(config):
 
 @pytest.mark.parametrize("config", TRANSFORMERS + TOKENIZERS, ids=str)
 def test_tables_give_the_parameters_of_the_modules(config):
-    architecture = ARCHITECTURES[type(config)]
+    architecture = architecture_of(type(config))
     shapes = architecture.table.param_shapes(architecture.shapes(config))
-    assert shapes == checkpoint.param_shapes(config)
+    assert shapes == param_shapes(config)
 
 
 @pytest.mark.parametrize("config", TRANSFORMERS + TOKENIZERS, ids=str)
@@ -114,7 +114,7 @@ def test_published_transformers(depth, with_buffers):
         key: {"shape": list(shape), "dtype": "float32"} for key, shape in var.shapes(config).items()
     }
     assert found | weights == entries
-    assert var.TABLE.param_shapes(var.shapes(config)) == checkpoint.param_shapes(config)
+    assert var.TABLE.param_shapes(var.shapes(config)) == param_shapes(config)
     var.VAR.check(var.VAR.weights(state), config, "the manifest")
 
 

@@ -18,27 +18,27 @@ from amskv_jax.checkpoints.embedded import (
     find_classifier,
     find_stats,
 )
-from amskv_jax.checkpoints.folder import fingerprint, load_checkpoint, read_info, save_checkpoint
+from amskv_jax.checkpoints.folder import load_checkpoint, read_info, save_checkpoint
 from amskv_jax.checkpoints.initialize import random_params
 from amskv_jax.checkpoints.packed import pack_checkpoint, pack_model
+from amskv_jax.checkpoints.weights import fingerprint
 from amskv_jax.errors import AmskvError
 from amskv_jax.evaluation.classifier import load_classifier
 from amskv_jax.plan.stats import LayerStats
-from amskv_jax.testing import SMALL
+from amskv_jax.testing import TINY_VAR
 
-CONFIGS = {"transformer": SMALL.transformer, "tokenizer": SMALL.tokenizer}
 CLASSES = tuple(["plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"])
 
 
 @pytest.fixture(scope="module")
 def params():
-    return random_params(SMALL)
+    return random_params(TINY_VAR)
 
 
 @pytest.fixture(scope="module")
 def packed_file(params, tmp_path_factory):
     path = tmp_path_factory.mktemp("packed") / "small.safetensors"
-    pack_model(path, CONFIGS, params, CLASSES)
+    pack_model(path, TINY_VAR, params, CLASSES)
     return path
 
 
@@ -59,7 +59,7 @@ def test_packed_checkpoint_is_read_like_a_folder(params, packed_file):
     expected = decompress(compress(params))
     chex.assert_trees_all_equal(jax.tree.map(np.asarray, loaded.params), expected)
     assert loaded.info == read_info(packed_file)
-    assert loaded.info.configs == CONFIGS
+    assert loaded.info.model == TINY_VAR
     assert loaded.info.classes == CLASSES
     assert (loaded.info.kind, loaded.info.dtype) == ("var", "float32")
     assert loaded.info.fingerprint == fingerprint(expected) != fingerprint(params)
@@ -68,7 +68,7 @@ def test_packed_checkpoint_is_read_like_a_folder(params, packed_file):
 
 
 def test_checkpoint_folders_are_packed_with_their_classes(params, packed_file, amskv, tmp_path):
-    save_checkpoint(tmp_path / "folder", CONFIGS, params, CLASSES)
+    save_checkpoint(tmp_path / "folder", TINY_VAR, params, CLASSES)
     assert read_info(tmp_path / "folder").classes == CLASSES
     assert pack_checkpoint(tmp_path / "folder", tmp_path / "a.safetensors").classes == CLASSES
     assert (tmp_path / "a.safetensors").read_bytes() == packed_file.read_bytes()
@@ -83,21 +83,21 @@ def test_checkpoint_folders_are_packed_with_their_classes(params, packed_file, a
 
 def test_what_is_not_packed(params, packed_file, tmp_path):
     with pytest.raises(AmskvError, match="exists: choose another name"):
-        pack_model(packed_file, CONFIGS, params)
+        pack_model(packed_file, TINY_VAR, params)
     with pytest.raises(AmskvError, match=r"does not end in \.safetensors"):
-        pack_model(tmp_path / "a.npz", CONFIGS, params)
+        pack_model(tmp_path / "a.npz", TINY_VAR, params)
     with pytest.raises(AmskvError, match="3 names of classes, but the transformer has 10"):
-        pack_model(tmp_path / "a.safetensors", CONFIGS, params, ("a", "b", "c"))
+        pack_model(tmp_path / "a.safetensors", TINY_VAR, params, ("a", "b", "c"))
     with pytest.raises(AmskvError, match="3 names of classes, but the transformer has 10"):
-        save_checkpoint(tmp_path / "a", CONFIGS, params, ("a", "b", "c"))
+        save_checkpoint(tmp_path / "a", TINY_VAR, params, ("a", "b", "c"))
     wrong = {**params, "tokenizer": {}}
     with pytest.raises(AmskvError, match="missing: tokenizer/"):
-        pack_model(tmp_path / "a.safetensors", CONFIGS, wrong)
+        pack_model(tmp_path / "a.safetensors", TINY_VAR, wrong)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_packed_weights_must_be_those_of_the_description(params, tmp_path):
-    arrays, info = compress(params), pack_model(tmp_path / "a.safetensors", CONFIGS, params)
+    arrays, info = compress(params), pack_model(tmp_path / "a.safetensors", TINY_VAR, params)
     arrays["transformer/head/bias"] = arrays["transformer/head/bias"] + 1
     changed = tmp_path / "changed.safetensors"
     packed.write_compressed(changed, arrays, packed.info_to_json(info))
@@ -124,7 +124,7 @@ def test_finding_checkpoints(embedding, tmp_path, monkeypatch):
 
 def test_loading_without_a_checkpoint(embedding):
     pipeline = amskv_jax.load()
-    assert pipeline.model == SMALL.model
+    assert pipeline.model == TINY_VAR
     assert pipeline.classes == CLASSES
     named = amskv_jax.load("var-cifar10")
     chex.assert_trees_all_equal(named.params, pipeline.params)
@@ -180,7 +180,7 @@ def test_default_model_of_the_package():
     path = find_checkpoint(None)
     assert path.stat().st_size <= 40e6
     info, known = read_info(path), configs.get("var-cifar10")
-    assert info.configs == {"transformer": known.transformer, "tokenizer": known.tokenizer}
+    assert info.model == known.model
     assert info.classes[3] == "cat"
     params = flatten_dict(load_checkpoint(path).params, sep="/")
     assert all(np.isfinite(leaf).all() for leaf in params.values())
@@ -197,7 +197,7 @@ def test_classifiers_are_found_by_the_names_of_the_classes():
 def test_statistics_of_embedded_models_are_theirs(tmp_path):
     for name in embedded_models():
         stats = LayerStats.load(find_stats(name), read_info(find_checkpoint(name)).fingerprint)
-        assert stats.schedule == configs.get(name).transformer.schedule
+        assert stats.schedule == configs.get(name).model.schedule
     assert find_stats(tmp_path / "stats.npz") == tmp_path / "stats.npz"
 
 

@@ -10,8 +10,8 @@ from PIL import Image
 from test_evaluation import TOKENIZER, TRANSFORMER, pictures
 
 from amskv_jax.checkpoints.initialize import init_checkpoint
-from amskv_jax.configs import ModelConfig
 from amskv_jax.evaluation.classifier import save_classifier
+from amskv_jax.models.var.model import VARModel
 from amskv_jax.training.classifier import Classifier, ClassifierConfig
 
 
@@ -19,7 +19,7 @@ from amskv_jax.training.classifier import Classifier, ClassifierConfig
 def files(tmp_path_factory):
     """A checkpoint, a classifier, real pictures."""
     directory = tmp_path_factory.mktemp("files")
-    config = ModelConfig("tiny", "for this test", TRANSFORMER, TOKENIZER)
+    config = VARModel(TRANSFORMER, TOKENIZER)
     init_checkpoint(config, directory / "checkpoint")
     shape = ClassifierConfig(3, width=1, blocks=1)
     variables = Classifier(shape).init(jax.random.key(0), np.zeros((1, 12, 12, 3), np.float32))

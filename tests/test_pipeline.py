@@ -15,7 +15,7 @@ from amskv_jax.generate import Sampler, picture_keys
 from amskv_jax.models.guidance import Drawing
 from amskv_jax.policies import AMSKV, Full, Sink, Window
 from amskv_jax.sampling import TokenSampling
-from amskv_jax.testing import SCHEDULE, SMALL, TINY_VAR, TRANSFORMER
+from amskv_jax.testing import SCHEDULE, TINY_VAR, TRANSFORMER
 
 KEY = jax.random.key(1)
 
@@ -28,7 +28,7 @@ def pipe(checkpoint):
 def test_load_gives_what_was_saved(pipe, checkpoint):
     assert pipe.model == TINY_VAR
     assert (pipe.dtype, pipe.fingerprint) == ("float32", read_info(checkpoint).fingerprint)
-    chex.assert_trees_all_equal(pipe.params, random_params(SMALL))
+    chex.assert_trees_all_equal(pipe.params, random_params(TINY_VAR))
     half = amskv_jax.load(checkpoint, "bfloat16")
     assert half.dtype == half.sampler().dtype == "bfloat16"
     assert half.params["transformer"]["head"]["kernel"].dtype == jnp.bfloat16

@@ -10,7 +10,6 @@ import pytest
 from amskv_jax.cache.layout import CacheLayout
 from amskv_jax.cache.store import Store
 from amskv_jax.checkpoints.initialize import random_params
-from amskv_jax.configs import ModelConfig
 from amskv_jax.generate import Sampler, picture_keys
 from amskv_jax.models.guidance import Drawing
 from amskv_jax.models.var.config import VARConfig, VQVAEConfig
@@ -80,8 +79,7 @@ def stats():
 
 @cache
 def params(model, dtype):
-    config = ModelConfig(model, "", MODELS[model], TOKENIZER)
-    return random_params(config, seed=1, dtype=dtype)
+    return random_params(VARModel(MODELS[model], TOKENIZER), seed=1, dtype=dtype)
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +165,7 @@ def many_layers():
     config = VARConfig(24, 32, 2, schedule, 5, 32, 8)
     tokenizer = VQVAEConfig(schedule, 32, 8, 32, (1, 1), 1)
     geometry = CacheGeometry.of(config.cache_shape, 8, "float32")
-    shapes = jax.eval_shape(lambda: random_params(ModelConfig("", "", config, tokenizer)))
+    shapes = jax.eval_shape(lambda: random_params(VARModel(config, tokenizer)))
 
     def measure(policy):
         plan = policy.plan(config.cache_shape)

@@ -13,7 +13,7 @@ from checks import message
 from t5_weights import NARROW, t5_params
 from text_tokenizers import save_tokenizer
 
-from amskv_jax.checkpoints.folder import fingerprint
+from amskv_jax.checkpoints.weights import fingerprint
 from amskv_jax.errors import AmskvError, UsageError
 from amskv_jax.models.t5 import T5Encoder
 from amskv_jax.text import (

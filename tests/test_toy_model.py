@@ -261,7 +261,7 @@ def test_it_is_calibrated_measured_and_drawn_in_batches(pipe, monkeypatch):
     np.testing.assert_array_equal(drawer.draw(pipe.params, 7, 3, 1, controls)[0], pictures[3])
     assert conditions.captions(()) == ["0.5/-1", "1/0"]
 
-    monkeypatch.setattr("amskv_jax.benchmark.random_params", lambda *arguments: pipe.params)
+    monkeypatch.setattr("amskv_jax.benchmark.random_params", lambda *given, **options: pipe.params)
     plan = Full().plan(pipe.shape)
     found = measure(Sampler(MODEL, plan, sampling=TokenSampling(1)), batch=2, repeats=1)
     assert found.pictures_per_second > 0

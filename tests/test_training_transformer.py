@@ -131,7 +131,7 @@ def test_default_model_is_small_enough_to_ship():
     from amskv_jax.models.var.transformer import VAR
 
     def create():
-        model, tokenizer = var_cifar10.CONFIG.transformer, var_cifar10.CONFIG.tokenizer
+        model, tokenizer = var_cifar10.MODEL.transformer, var_cifar10.MODEL.tokenizer
         key = jax.random.key(0)
         features = jnp.zeros((1, 679, model.latent_channels))
         return (

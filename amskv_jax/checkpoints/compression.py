@@ -12,7 +12,8 @@ What is how exact follows from what the parameter does:
 The integers lie under the parameter's own path, the scales beside them under path + ":scale".
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ EXACT = {"quantizer", "log_temperature"}
 SMALL = 2**15
 """Parameters with fewer values than this stay float32."""
 SCALE = ":scale"
+FILE = "file:"
+"""Before the names of small files that lie beside the weights."""
 LARGEST = 127
 DESCRIPTION = "amskv_jax"
 """Key of the description among a file's metadata."""
@@ -71,16 +74,21 @@ def decompress(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     Raises:
       AmskvError: if scales are missing.
     """
-    weights = {}
-    for path, array in arrays.items():
-        if path.endswith(SCALE):
-            continue
-        weights[path] = array.astype(np.float32)
-        if array.dtype == np.int8:
-            if path + SCALE not in arrays:
-                raise AmskvError(f"the scales of {path} are missing")
-            weights[path] *= arrays[path + SCALE]
+    weights = {
+        path: _decompress(path, array, arrays.get(path + SCALE))
+        for path, array in arrays.items()
+        if not path.endswith(SCALE)
+    }
     return unflatten_dict(weights, sep="/")
+
+
+def _decompress(path: str, array: np.ndarray, scale: np.ndarray | None) -> np.ndarray:
+    weights = array.astype(np.float32)
+    if array.dtype == np.int8:
+        if scale is None:
+            raise AmskvError(f"the scales of {path} are missing")
+        weights *= scale
+    return weights
 
 
 def write_compressed(path: Path, arrays: Mapping[str, np.ndarray], description: str) -> None:
@@ -100,34 +108,74 @@ def write_compressed(path: Path, arrays: Mapping[str, np.ndarray], description: 
         temporary.write_bytes(save(contiguous, {DESCRIPTION: description}))
 
 
-def read_description(path: Path) -> str:
-    """Return the description in a file of ``write_compressed``.
+class CompressedFile:
+    """A file of ``write_compressed``, read array by array; see ``storage.Storage``.
 
-    Raises:
-      AmskvError: if it cannot be read, or is another file.
+    The parameters of a part lie under "part/path", small files beside them under "file:name".
     """
-    try:
-        with safe_open(path, "numpy") as file:
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def description(self) -> str:
+        """Return what the weights are.
+
+        Raises:
+          AmskvError: if it cannot be read, or is another file.
+        """
+        with self._open("{path} is not a checkpoint, or damaged: {error}") as file:
             metadata = file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise AmskvError(f"{path} is not a checkpoint, or damaged: {error}") from error
-    if DESCRIPTION not in metadata:
-        raise AmskvError(
-            f"{path} is not a packed checkpoint of this package. "
-            "Weights of the PyTorch reference are to be converted first"
-        )
-    return str(metadata[DESCRIPTION])
+        if DESCRIPTION not in metadata:
+            raise AmskvError(
+                f"{self.path} is not a packed checkpoint of this package. "
+                "Weights of the PyTorch reference are to be converted first"
+            )
+        return str(metadata[DESCRIPTION])
 
+    def shapes(self, part: str) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of a part's parameters.
 
-def read_compressed(path: Path) -> dict[str, Any]:
-    """Return the float32 weights in a file of ``write_compressed``.
+        Raises:
+          AmskvError: if they cannot be read.
+        """
+        start = f"{part}/"
+        with self._open() as file:
+            return {
+                name[len(start) :]: tuple(file.get_slice(name).get_shape())
+                for name in file.keys()  # noqa: SIM118
+                if name.startswith(start) and not name.endswith(SCALE)
+            }
 
-    Raises:
-      AmskvError: if it cannot be read, or is damaged.
-    """
-    try:
-        with safe_open(path, "numpy") as file:
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise AmskvError(f"the weights in {path} cannot be read: {error}") from error
-    return decompress(arrays)
+    def leaves(self, part: str) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield the float32 parameters of a part with their paths.
+
+        Raises:
+          AmskvError: if they cannot be read, or scales are missing.
+        """
+        for path in self.shapes(part):
+            name = f"{part}/{path}"
+            with self._open() as file:
+                scale = name + SCALE
+                scales = file.get_tensor(scale) if scale in file.keys() else None  # noqa: SIM118
+                array = file.get_tensor(name)
+            yield path, _decompress(name, array, scales)
+
+    def file(self, name: str) -> bytes:
+        """Return a small file.
+
+        Raises:
+          AmskvError: if it is not there.
+        """
+        with self._open() as file:
+            content: bytes = file.get_tensor(FILE + name).tobytes()
+            return content
+
+    @contextmanager
+    def _open(
+        self, message: str = "the weights in {path} cannot be read: {error}"
+    ) -> Iterator[Any]:
+        try:
+            with safe_open(self.path, "numpy") as file:
+                yield file
+        except (OSError, SafetensorError) as error:
+            raise AmskvError(message.format(path=self.path, error=error)) from error

@@ -2,46 +2,78 @@
 
 import math
 import os
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from amskv_jax.checkpoints.folder import (
-    CheckpointInfo,
-    PartConfig,
-    param_shapes,
-    save_checkpoint,
-    storage_dtype,
-)
-from amskv_jax.configs import ModelConfig
+from amskv_jax.checkpoints.info import CheckpointInfo
+from amskv_jax.checkpoints.weights import storage_dtype
+from amskv_jax.checkpoints.writer import CheckpointWriter
+from amskv_jax.models.kinds import param_shapes
+from amskv_jax.models.protocol import Model
+
+MOST_NUMBERS = 1048573
+"""Random numbers that are drawn for one parameter; larger ones repeat them.
+
+A prime, so that the rows of no matrix are alike. It saves most of the time, and the weights of
+large models are as good to try things with.
+"""
 
 
-def random_params(config: ModelConfig, seed: int = 0, dtype: str = "float32") -> dict[str, Any]:
-    """Return random weights of a model, {"transformer": ..., "tokenizer": ...}, as NumPy arrays.
+def random_leaves(
+    config: Any, generator: np.random.Generator, dtype: str = "float32"
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield random weights of a part, one parameter after the other: (path, array).
 
-    Kernels keep the variance of their input. Pictures made with them are noise.
+    Kernels keep the variance of their input.
 
     Args:
-      config: the model.
+      config: the part's configuration.
+      generator: of the random numbers.
+      dtype: see ``weights.storage_dtype``.
+
+    Raises:
+      AmskvError: if the dtype is unknown.
+    """
+    for path, shape in param_shapes(config).items():
+        yield path, _values(generator, path, shape, storage_dtype(path, dtype))
+
+
+def random_params(
+    model: Model,
+    seed: int = 0,
+    dtype: str = "float32",
+    *,
+    parts: Iterable[str] | None = None,
+    put: Callable[[np.ndarray], Any] = lambda leaf: leaf,
+) -> dict[str, Any]:
+    """Return random weights of a model, a tree of arrays for every part.
+
+    Pictures made with them are noise.
+
+    Args:
+      model: kind and shape of the model.
       seed: of the random numbers.
-      dtype: see ``checkpoint.storage_dtype``.
+      dtype: see ``weights.storage_dtype``.
+      parts: which are wanted; by default all.
+      put: what becomes of every parameter, such as ``jax.device_put``, before the next is made.
 
     Raises:
       AmskvError: if the dtype is unknown.
     """
     generator = np.random.default_rng(seed)
-    parts = {"transformer": config.transformer, "tokenizer": config.tokenizer}
     params = {
-        f"{part}/{path}": _values(generator, path, shape).astype(storage_dtype(path, dtype))
-        for part, part_config in parts.items()
-        for path, shape in param_shapes(part_config).items()
+        f"{part}/{path}": put(leaf)
+        for part in (model.parts if parts is None else parts)
+        for path, leaf in random_leaves(model.parts[part], generator, dtype)
     }
     return unflatten_dict(params, sep="/")
 
 
 def init_checkpoint(
-    config: ModelConfig,
+    model: Model,
     directory: str | os.PathLike[str],
     *,
     seed: int = 0,
@@ -50,31 +82,35 @@ def init_checkpoint(
     """Write a checkpoint with random weights.
 
     Args:
-      config: the model, such as ``configs.get("var-tiny")``.
+      model: kind and shape, such as ``configs.get("var-tiny").model``.
       directory: the folder to make; it must not exist or be empty.
       seed: see ``random_params``.
-      dtype: see ``checkpoint.storage_dtype``.
+      dtype: see ``weights.storage_dtype``.
 
     Raises:
       AmskvError: if the dtype is unknown, or the folder cannot be made.
     """
-    parts: dict[str, PartConfig] = {
-        "transformer": config.transformer,
-        "tokenizer": config.tokenizer,
-    }
-    return save_checkpoint(directory, parts, random_params(config, seed, dtype))
+    generator = np.random.default_rng(seed)
+    with CheckpointWriter(directory, model, dtype) as writer:
+        for part, config in model.parts.items():
+            writer.add(part, random_leaves(config, generator, dtype))
+    return writer.info
 
 
-def _values(generator: np.random.Generator, path: str, shape: tuple[int, ...]) -> np.ndarray:
+def _values(
+    generator: np.random.Generator, path: str, shape: tuple[int, ...], dtype: np.dtype
+) -> np.ndarray:
     name = path.rpartition("/")[2]
     if name.endswith("bias"):
-        return np.zeros(shape, np.float32)
+        return np.zeros(shape, dtype)
     if name == "scale":
-        return np.ones(shape, np.float32)
+        return np.ones(shape, dtype)
     if name == "log_temperature":
-        return np.full(shape, math.log(4), np.float32)
+        return np.full(shape, math.log(4), dtype)
     fan_in = 4  # embeddings
     if name.endswith("kernel"):
         stacked = len(shape) in (3, 5)  # linear layers, convolutions
         fan_in = math.prod(shape[stacked:-1])
-    return generator.standard_normal(shape, np.float32) / np.float32(math.sqrt(fan_in))
+    count = min(math.prod(shape), MOST_NUMBERS)
+    numbers = generator.standard_normal(count, np.float32) / np.float32(math.sqrt(fan_in))
+    return np.resize(numbers.astype(dtype), shape)

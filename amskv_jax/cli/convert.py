@@ -1,7 +1,8 @@
-"""``amskv convert``: from PyTorch checkpoints."""
+"""``amskv convert``: from PyTorch checkpoints, one command for every kind of model."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,6 +13,24 @@ app = typer.Typer(
     help="Convert weights of a PyTorch reference to a checkpoint.", no_args_is_help=True
 )
 
+TransformerOption = Annotated[
+    Path,
+    typer.Option(
+        "--transformer", help="The transformer: .pth, .safetensors, or a folder of the HF hub."
+    ),
+]
+TokenizerOption = Annotated[
+    Path,
+    typer.Option(
+        "--tokenizer", help="The VAE: the same kinds; may be the same training checkpoint."
+    ),
+]
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="How the weights are stored.")]
+KeepOption = Annotated[
+    bool,
+    typer.Option("--keep-not-finite", help="Take weights that hold NaN or infinity."),
+]
+
 
 @app.callback()
 def convert() -> None:
@@ -20,31 +39,72 @@ def convert() -> None:
 
 @app.command()
 def var(
-    transformer: Annotated[
-        Path, typer.Option(help="The transformer: .pth, .safetensors, or a folder of the HF hub.")
-    ],
-    tokenizer: Annotated[
-        Path, typer.Option(help="The VQVAE: the same kinds; may be the same training checkpoint.")
-    ],
+    transformer: TransformerOption,
+    tokenizer: TokenizerOption,
     out: OutFolderOption,
-    dtype: Annotated[Dtype, typer.Option(help="How the weights are stored.")] = Dtype.FLOAT32,
+    dtype: DtypeOption = Dtype.FLOAT32,
     patch_nums: Annotated[
         str | None,
         typer.Option(
             help="Sides of the token maps, where the files do not tell them.", metavar="1,2,..."
         ),
     ] = None,
+    keep_not_finite: KeepOption = False,
 ) -> None:
     """Convert a VAR transformer and its VQVAE (var_d16.pth ... var_d36.pth, vae_ch160v4096z32.pth).
 
     Depth, width, scales and classes follow from the files. Reading .pth needs PyTorch (the extra
     "convert"); .safetensors does not.
     """
-    sides = parse_numbers(patch_nums, "--patch-nums") if patch_nums else None
-    from amskv_jax.convert import convert_var  # noqa: PLC0415
+    settings = {"patch_nums": parse_numbers(patch_nums, "--patch-nums")} if patch_nums else {}
+    sources = {"transformer": transformer, "tokenizer": tokenizer}
+    _convert("var", sources, out, dtype, settings, keep_not_finite)
+
+
+@app.command()
+def infinity(
+    transformer: TransformerOption,
+    tokenizer: TokenizerOption,
+    out: OutFolderOption,
+    text_encoder: Annotated[
+        Path | None,
+        typer.Option(
+            help="The text encoder, such as flan-t5-xl: its folder of the HF hub, with "
+            "tokenizer.json. Without it the checkpoint draws from files of text features."
+        ),
+    ] = None,
+    dtype: DtypeOption = Dtype.FLOAT32,
+    keep_not_finite: KeepOption = False,
+) -> None:
+    """Convert Infinity (infinity_2b_reg.pth, infinity_vae_d32reg.pth, flan-t5-xl, or 8B in shards).
+
+    All sizes follow from the files. Besides the largest parameter little is held in memory.
+    """
+    sources = {"transformer": transformer, "tokenizer": tokenizer}
+    if text_encoder is not None:
+        sources["text_encoder"] = text_encoder
+    _convert("infinity", sources, out, dtype, {}, keep_not_finite)
+
+
+def _convert(
+    kind: str,
+    sources: Mapping[str, Path],
+    out: Path,
+    dtype: Dtype,
+    settings: Mapping[str, Any],
+    keep_not_finite: bool,
+) -> None:
+    """Convert the parts of a model; a part which a checkpoint can lack may not be among them."""
+    from amskv_jax.convert import convert  # noqa: PLC0415
 
     with progress("reading") as update:
-        convert_var(
-            transformer, tokenizer, out, dtype=dtype.value, patch_nums=sides, progress=update
+        convert(
+            kind,
+            sources,
+            out,
+            dtype=dtype.value,
+            settings=settings,
+            keep_not_finite=keep_not_finite,
+            progress=update,
         )
     print_line(f"wrote {out}")

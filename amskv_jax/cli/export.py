@@ -5,9 +5,9 @@ from amskv_jax.cli.options import CheckpointOption, OutFolderOption
 
 
 def export(checkpoint: CheckpointOption, out: OutFolderOption) -> None:
-    """Write a checkpoint as transformer.safetensors and tokenizer.safetensors of the reference."""
-    from amskv_jax.convert import export_var  # noqa: PLC0415
+    """Write every part of a checkpoint as the reference has it, such as transformer.safetensors."""
+    from amskv_jax.convert import export_checkpoint  # noqa: PLC0415
 
     with progress("reading") as update:
-        export_var(checkpoint, out, progress=update)
+        export_checkpoint(checkpoint, out, progress=update)
     print_line(f"wrote {out}")

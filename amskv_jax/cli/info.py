@@ -13,25 +13,32 @@ def info(checkpoint: CheckpointOption) -> None:
     import math  # noqa: PLC0415
 
     from amskv_jax import configs  # noqa: PLC0415
-    from amskv_jax.checkpoints.folder import param_shapes, read_info  # noqa: PLC0415
+    from amskv_jax.checkpoints.folder import check_checkpoint  # noqa: PLC0415
+    from amskv_jax.models.kinds import param_shapes  # noqa: PLC0415
 
-    found = read_info(checkpoint)
+    found = check_checkpoint(checkpoint)
     model, schedule = found.model, found.model.schedule
-    known = [other.name for other in map(configs.get, configs.names()) if other.model == model]
+    known = [known.name for known in map(configs.get, configs.names()) if known.model == model]
     height, width = model.picture_size(schedule)
+    classes = getattr(model.parts["transformer"], "num_classes", 0)
+    cfg = found.drawing.cfg
+    strengths = ", ".join(f"{number:g}" for number in (cfg if isinstance(cfg, tuple) else (cfg,)))
     rows = {
         "kind": found.kind,
         "shape of": ", ".join(known) or "no known model",
         "weights": f"{found.dtype}, fingerprint {found.fingerprint}",
         "scales": f"{schedule} ({schedule.total} tokens)",
-        "pictures": f"{height} x {width} pixels, {len(model.conditions(None))} classes",
-        "guidance": f"{found.guidance:g} suits the model",
+        "pictures": f"{height} x {width} pixels"
+        + (f", {classes} classes" if classes else ", from text"),
+        "guidance": f"{strengths} suits the model",
     }
     for name, config in found.configs.items():
         count = sum(math.prod(shape) for shape in param_shapes(config).values())
         values = [f"{f.name} {getattr(config, f.name)}" for f in fields(config)]
         shape = ", ".join(value for value in values if not value.startswith("schedule"))
         rows[name] = f"{count / 1e6:.2f} M parameters: {shape}"
+        if len(found.fingerprints) > 1:
+            rows[name] += f"; fingerprint {found.fingerprints[name]}"
     table = Table.grid(padding=(0, 2))
     for row in rows.items():
         table.add_row(*row)

@@ -18,7 +18,7 @@ def init(
     from amskv_jax import configs  # noqa: PLC0415
     from amskv_jax.checkpoints.initialize import init_checkpoint  # noqa: PLC0415
 
-    config = configs.get(model)
+    known = configs.get(model)
     with progress("drawing weights"):
-        init_checkpoint(config, out, seed=seed, dtype=dtype.value)
+        init_checkpoint(known.model, out, seed=seed, dtype=dtype.value)
     print_line(f"wrote {out}")

@@ -85,7 +85,7 @@ def _model(model: str | None, checkpoint: Path | None) -> "tuple[VARConfig, str 
     if model is not None and checkpoint is None:
         from amskv_jax import configs  # noqa: PLC0415
 
-        return configs.get(model).transformer, None
+        return configs.get(model).model.parts["transformer"], None
     if checkpoint is not None and model is None:
         from amskv_jax.checkpoints.folder import read_info  # noqa: PLC0415
 

@@ -109,6 +109,7 @@ def var(
     sample`, and a plot of the log.
     """
     from amskv_jax.checkpoints.folder import save_checkpoint  # noqa: PLC0415
+    from amskv_jax.models.var.model import VARModel  # noqa: PLC0415
     from amskv_jax.training.recipe import find_recipe, load_tokenizer  # noqa: PLC0415
     from amskv_jax.training.tokens import kept_tokens  # noqa: PLC0415
     from amskv_jax.training.transformer import train_transformer  # noqa: PLC0415
@@ -147,7 +148,7 @@ def var(
     if not checkpoint.exists():  # it is there whole or not at all
         save_checkpoint(
             checkpoint,
-            {"transformer": settings.model, "tokenizer": tokenizer_config},
+            VARModel(settings.model, tokenizer_config),
             {"transformer": params, "tokenizer": tokenizer_params},
             pictures.classes,
         )

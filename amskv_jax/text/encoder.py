@@ -27,7 +27,7 @@ class TextEncoder:
       config: its shape.
       params: its parameters; on a device, or they are copied there in every call.
       tokenizer: the one it was trained with.
-      fingerprint: of its weights, see ``checkpoints.folder.fingerprint``.
+      fingerprint: of its weights, see ``checkpoints.weights.Fingerprint``.
       dtype: of its products, "float32" or "bfloat16".
       batch: most prompts that are encoded at once.
 

@@ -13,10 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from amskv_jax import configs
-from amskv_jax.checkpoints.folder import param_shapes
-from amskv_jax.checkpoints.info import config_from_json
 from amskv_jax.errors import AmskvError, UsageError
 from amskv_jax.files import replacing
+from amskv_jax.models.kinds import param_shapes
+from amskv_jax.models.parts import config_from_json
 from amskv_jax.models.var.config import VQVAEConfig
 from amskv_jax.training.config import TokenizerTraining, TransformerTraining
 
@@ -85,7 +85,6 @@ def load_tokenizer(directory: Path) -> tuple[VQVAEConfig, Any]:
             flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise AmskvError(f"{path} is damaged: {error}") from error
-    assert isinstance(config, VQVAEConfig)
     if {name: array.shape for name, array in flat.items()} != param_shapes(config):
         raise AmskvError(f"{path} is damaged: its weights do not fit its shape")
     return config, unflatten_dict(flat, sep="/")

@@ -17,6 +17,7 @@ from amskv_jax.models.infinity.text import TextCondition
 from amskv_jax.models.infinity.transformer import Infinity
 from amskv_jax.models.infinity.vae import BSQVAE
 from amskv_jax.models.protocol import Tokenizer, Transformer
+from amskv_jax.models.t5 import T5Config
 from amskv_jax.plan.shape import CacheShape
 from amskv_jax.schedule import ScaleSchedule
 
@@ -28,6 +29,7 @@ class InfinityModel:
     Attributes:
       transformer: shape of the transformer.
       tokenizer: shape of the BSQ-VAE.
+      text_encoder: shape of the text encoder; None if features come from elsewhere.
 
     Raises:
       AmskvError: if they do not belong together.
@@ -38,6 +40,7 @@ class InfinityModel:
 
     transformer: InfinityConfig
     tokenizer: BSQConfig
+    text_encoder: T5Config | None = None
 
     def __post_init__(self) -> None:
         found, expected = self.tokenizer.token_bits, self.transformer.bits
@@ -46,11 +49,18 @@ class InfinityModel:
                 f"the tokenizer has {found} bits per token, the transformer {expected}: "
                 "they do not belong together"
             )
+        encoder, channels = self.text_encoder, self.transformer.text_channels
+        if encoder is not None and encoder.width != channels:
+            raise AmskvError(
+                f"the text encoder makes features of {encoder.width} channels, the transformer "
+                f"takes {channels}: they do not belong together"
+            )
 
     @property
     def parts(self) -> Mapping[str, Any]:
         """The configuration of every part that has weights."""
-        return {"transformer": self.transformer, "tokenizer": self.tokenizer}
+        parts: dict[str, Any] = {"transformer": self.transformer, "tokenizer": self.tokenizer}
+        return parts if self.text_encoder is None else {**parts, "text_encoder": self.text_encoder}
 
     @property
     def schedule(self) -> ScaleSchedule:

@@ -17,6 +17,7 @@ from amskv_jax.models.infinity.config import InfinityConfig
 from amskv_jax.models.infinity.rotary import rotate, turns
 from amskv_jax.models.infinity.text import KeysValues, Pooling, Projection, RMSNorm, TextCondition
 from amskv_jax.models.layers import NORM_EPSILON, FeedForward, Head, SelfAttention, layer_norm
+from amskv_jax.models.parts import Built, module_of
 from amskv_jax.models.protocol import Prepared
 from amskv_jax.precision import precision_of
 from amskv_jax.schedule import ScaleSchedule
@@ -273,3 +274,12 @@ class Infinity(nn.Module):
         return attend_block_causal(
             query, key, value, self.attention_scale, ends, self.implementation
         ), None
+
+
+@module_of.register
+def _(config: InfinityConfig) -> Built:
+    struct: Any = jax.ShapeDtypeStruct
+    text = TextCondition(struct((1, 1, config.text_channels), jnp.float32), struct((1,), jnp.int32))
+    later = config.schedule.total - config.schedule.tokens[0]
+    features = struct((1, later, config.bits), jnp.float32)
+    return Infinity(config, config.schedule), (text, features)

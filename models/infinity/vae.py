@@ -11,6 +11,7 @@ from amskv_jax.errors import AmskvError
 from amskv_jax.models.convolutions import Decoder, Encoder
 from amskv_jax.models.infinity.bsq import BitwiseQuantizer
 from amskv_jax.models.infinity.bsq_config import BSQConfig
+from amskv_jax.models.parts import Built, module_of
 from amskv_jax.schedule import ScaleSchedule
 
 STRIP_BYTES = 2**26
@@ -114,3 +115,10 @@ class BSQVAE(nn.Module):
     def next_input(self, f_hat: jax.Array, scale: int) -> jax.Array:
         """Return the transformer's input [B, T_(scale+1), K] after ``scale``."""
         return self.quantizer.next_input(f_hat, scale)
+
+
+@module_of.register
+def _(config: BSQConfig) -> Built:
+    schedule = ScaleSchedule.square((1, 2))  # the weights fit any
+    picture = jax.ShapeDtypeStruct((1, *config.picture_size(schedule), 3), jnp.float32)
+    return BSQVAE(config, schedule), (picture,)

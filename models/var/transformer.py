@@ -11,6 +11,7 @@ from jax import lax
 from amskv_jax.attention import Attention, Implementation, attend_block_causal
 from amskv_jax.models.guidance import Guidance
 from amskv_jax.models.layers import FeedForward, Head, SelfAttention, StackedDense, layer_norm
+from amskv_jax.models.parts import Built, module_of
 from amskv_jax.models.protocol import Prepared
 from amskv_jax.models.var.config import VARConfig
 
@@ -189,3 +190,12 @@ def _is_kept_for_gradients(primitive: Any, *inputs: Any, **parameters: Any) -> b
         primitive, *inputs, **parameters
     )
     return product or "dot_product_attention" in primitive.name
+
+
+@module_of.register
+def _(config: VARConfig) -> Built:
+    later = config.schedule.total - config.schedule.tokens[0]
+    return VAR(config), (
+        jax.ShapeDtypeStruct((1,), jnp.int32),
+        jax.ShapeDtypeStruct((1, later, config.latent_channels), jnp.float32),
+    )

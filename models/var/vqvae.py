@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 
 from amskv_jax.errors import AmskvError
 from amskv_jax.models.convolutions import Decoder, Encoder, convolution
+from amskv_jax.models.parts import Built, module_of
 from amskv_jax.models.var.config import VQVAEConfig
 from amskv_jax.models.var.quantizer import MultiScaleQuantizer
 
@@ -107,3 +108,8 @@ class VQVAE(nn.Module):
     def next_input(self, f_hat: jax.Array, scale: int) -> jax.Array:
         """Return the transformer's input [B, T_(scale+1), C] after ``scale``."""
         return self.quantizer.next_input(f_hat, scale)
+
+
+@module_of.register
+def _(config: VQVAEConfig) -> Built:
+    return VQVAE(config), (jax.ShapeDtypeStruct((1, *config.picture_size, 3), jnp.float32),)
