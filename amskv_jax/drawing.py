@@ -114,7 +114,8 @@ class Drawer:
         start = time.perf_counter()
         keys = jax.eval_shape(lambda: picture_keys(jax.random.key(0), batch))
         condition = conditions.batch(np.arange(batch))
-        lowered = [sampler.lower(params, condition, keys, controls)]
+        own = _of_pictures(controls, np.arange(batch))
+        lowered = [sampler.lower(params, condition, keys, own)]
         if decode:
             latent = lowered[0].out_info.latent
             how = sampler.model, sampler.plan.schedule, sampler.dtype
@@ -147,14 +148,16 @@ class Drawer:
           seed: of the random numbers.
           first: number of the first picture.
           count: pictures.
-          controls: see ``Sampler``.
+          controls: see ``Sampler``; forced codes are those of pictures 0 to N - 1, and begin
+            again after them.
         """
         running: deque[Batch] = deque()
         for start in range(first, first + count, self.batch):
-            condition = self.conditions.batch(np.arange(start, start + self.batch))
+            numbers = np.arange(start, start + self.batch)
+            condition, own = self.conditions.batch(numbers), _of_pictures(controls, numbers)
             keys = _keys(seed, start, self.batch)
             wanted = min(self.batch, first + count - start)
-            running.append(Batch(start, wanted, *self.call(params, condition, keys, controls)))
+            running.append(Batch(start, wanted, *self.call(params, condition, keys, own)))
             if len(running) > IN_FLIGHT:
                 yield running.popleft()
         yield from running
@@ -165,6 +168,14 @@ class Drawer:
         """Return pictures ``first : first + count`` of a seed, uint8; see ``batches``."""
         batches = self.batches(params, seed, first, count, controls)
         return np.concatenate([batch.pictures() for batch in batches])
+
+
+def _of_pictures(controls: Controls, numbers: np.ndarray) -> Controls:
+    """Return controls with the forced codes of the pictures with these numbers."""
+    if controls.forced is None:
+        return controls
+    chosen = controls.forced[numbers % len(controls.forced)]
+    return controls.replace(forced=chosen)  # type: ignore[attr-defined, no-any-return]
 
 
 def _tokenizer(params: Any) -> Any:

@@ -13,14 +13,12 @@ from amskv_jax.attention import Attention, Implementation
 from amskv_jax.cache.layout import CacheLayout
 from amskv_jax.cache.stack import Observer, apply_blocks
 from amskv_jax.cache.store import Store
-from amskv_jax.errors import AmskvError
 from amskv_jax.models.guidance import Controls, Guidance
 from amskv_jax.models.protocol import Model, Tokenizer
 from amskv_jax.numbers import numbers_of
 from amskv_jax.plan.retention import RetentionPlan
 from amskv_jax.plan.shape import CacheShape
 from amskv_jax.sampling import TokenSampling, draw, filter_logits, smooth_mixture
-from amskv_jax.schedule import ScaleSchedule
 
 
 @struct.dataclass
@@ -195,25 +193,6 @@ class Sampler:
         smooth_keys = jax.vmap(partial(jax.random.fold_in, data=schedule.num_scales))(step_keys)
         progress = step / max(1, schedule.num_scales - 1)
         return drawn, tokenizer.embed_mixture(smooth_mixture(smooth_keys, filtered, progress))
-
-
-def force(controls: Controls, codes: jax.Array, schedule: ScaleSchedule) -> Controls:
-    """Return controls by which the first scales get these codes.
-
-    Args:
-      controls: all else.
-      codes: [B, T_0 + ... + T_(n-1), *K] for the first n scales, in the model's own layout.
-      schedule: what is drawn.
-
-    Raises:
-      AmskvError: if the codes are not those of whole scales.
-    """
-    if codes.shape[1] not in schedule.offsets[1:]:
-        raise AmskvError(
-            f"there are {codes.shape[1]} forced codes a picture: expected those of the first "
-            f"scales of {schedule}, {', '.join(map(str, schedule.offsets[1:]))}"
-        )
-    return controls.replace(forced=codes)  # type: ignore[attr-defined, no-any-return]
 
 
 def picture_keys(key: jax.Array, count: int, first: int = 0) -> jax.Array:

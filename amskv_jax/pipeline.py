@@ -11,7 +11,7 @@ import numpy as np
 from amskv_jax.attention import Implementation
 from amskv_jax.cache.stack import Observer
 from amskv_jax.checkpoints.embedded import find_checkpoint
-from amskv_jax.checkpoints.folder import load_checkpoint
+from amskv_jax.checkpoints.folder import load_checkpoint, read_info
 from amskv_jax.checkpoints.info import CheckpointInfo
 from amskv_jax.decode import decode
 from amskv_jax.drawing import Drawer
@@ -24,6 +24,7 @@ from amskv_jax.plan.stats import LayerStats
 from amskv_jax.policies import Full, Policy
 from amskv_jax.sampling import TokenSampling
 from amskv_jax.schedule import ScaleSchedule
+from amskv_jax.text.reader import PART, PromptReader
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,22 +53,38 @@ class Pipeline:
     encode: Callable[[Any], Any] | None = None
 
     @classmethod
-    def of(cls, info: CheckpointInfo, params: Any, dtype: str | None = None) -> "Pipeline":
+    def of(
+        cls,
+        info: CheckpointInfo,
+        params: Any = None,
+        dtype: str | None = None,
+        *,
+        schedule: ScaleSchedule | None = None,
+        encode: Callable[[Any], Any] | None = None,
+    ) -> "Pipeline":
         """Return the pipeline of a checkpoint.
 
         Args:
           info: what the checkpoint says about itself.
           params: its weights in ``dtype``; None for what needs none, such as plans.
           dtype: as in ``load``.
+          schedule: what is drawn; the model's own if not given.
+          encode: see the class.
+
+        Raises:
+          AmskvError: if the model cannot draw the schedule.
         """
+        if schedule is not None:
+            info.model.check_schedule(schedule)
         return cls(
             model=info.model,
             params=params,
-            schedule=info.model.schedule,
+            schedule=schedule or info.model.schedule,
             dtype=dtype or info.dtype,
             drawing=info.drawing,
             fingerprint=info.fingerprint,
             classes=info.classes,
+            encode=encode,
         )
 
     @property
@@ -120,9 +137,22 @@ class Pipeline:
             observe=observe,
         )
 
-    def controls(self, drawing: Drawing | None = None) -> Controls:
-        """Return what a call of a sampler needs to draw so; raises UsageError if it cannot."""
-        return self.model.controls(self.schedule, drawing or self.drawing)
+    def controls(
+        self, drawing: Drawing | None = None, forced: np.ndarray | None = None
+    ) -> Controls:
+        """Return what a call of a sampler needs to draw so.
+
+        Args:
+          drawing: how; ``self.drawing`` if not given.
+          forced: codes for the first scales of N pictures, see ``Model.forced``.
+
+        Raises:
+          AmskvError: if the model cannot draw so.
+        """
+        controls = self.model.controls(self.schedule, drawing or self.drawing)
+        if forced is None:
+            return controls
+        return controls.replace(forced=self.model.forced(forced, self.schedule))  # type: ignore[attr-defined, no-any-return]
 
     def conditions(self, wanted: Any) -> Conditions:
         """Return what a user asks for as numbered conditions.
@@ -158,6 +188,9 @@ class Pipeline:
         policy: Policy = Full(),  # noqa: B008 (frozen)
         stats: LayerStats | None = None,
         attention: Implementation = "auto",
+        aspect: str | None = None,
+        size: str | None = None,
+        forced: np.ndarray | None = None,
         **drawing: Any,
     ) -> Samples:
         """Generate one picture for everything that is wanted, all in one batch.
@@ -166,11 +199,15 @@ class Pipeline:
         depends on its condition, the key and its place, and not on its neighbours.
 
         Args:
-          wanted: class indices, [B].
+          wanted: what the kind of model draws: class indices [B]; prompts, ``text.Texts`` or
+            ``text.TextFeatures``.
           key: PRNG key, ``jax.random.key(seed)``.
           policy: what the cache keeps.
           stats: what calibration measured, for policies that use it.
           attention: back end, see ``attention.attend``.
+          aspect: width and height, such as "16:9", for models that draw several.
+          size: name of a size, such as "1M", likewise.
+          forced: codes for the first scales, see ``Model.forced``.
           **drawing: fields of ``Drawing`` that shall differ from ``self.drawing``, such as
             ``cfg=4.0`` or ``top_k=1``.
 
@@ -182,13 +219,25 @@ class Pipeline:
             out of range.
           AmskvError: if policy or statistics do not fit the model.
         """
+        if aspect is not None or size is not None:
+            pipe = replace(self, schedule=self.model.find_schedule(aspect, size))
+            return pipe.sample(
+                wanted,
+                key=key,
+                policy=policy,
+                stats=stats,
+                attention=attention,
+                forced=forced,
+                **drawing,
+            )
         conditions = self.conditions(wanted)
         chosen = replace(self.drawing, **{k: v for k, v in drawing.items() if v is not None})
         sampler = self.sampler(policy, chosen, stats=stats, attention=attention)
         count = len(conditions)
         condition = conditions.batch(np.arange(count))
         keys = picture_keys(key, count)
-        samples: Samples = sampler(self.params, condition, keys, self.controls(chosen))
+        controls = self.controls(chosen, forced)
+        samples: Samples = sampler(self.params, condition, keys, controls)
         tokenizer = {"tokenizer": self.params["tokenizer"]}
         pictures = decode(self.model, self.schedule, self.dtype, tokenizer, samples.latent)
         return replace(samples, pictures=pictures)
@@ -205,5 +254,9 @@ def load(source: str | os.PathLike[str] | None = None, dtype: str | None = None)
     Raises:
       AmskvError: if this is no checkpoint, or damaged.
     """
-    checkpoint = load_checkpoint(find_checkpoint(source), dtype)
-    return Pipeline.of(checkpoint.info, checkpoint.params, dtype)
+    place = find_checkpoint(source)
+    parts = read_info(place).model.parts
+    drawing_parts = [part for part in parts if part in ("transformer", "tokenizer")]
+    checkpoint = load_checkpoint(place, dtype, drawing_parts)
+    encode = PromptReader(place, dtype) if PART in parts else None
+    return Pipeline.of(checkpoint.info, checkpoint.params, dtype, encode=encode)

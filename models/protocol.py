@@ -158,6 +158,14 @@ class Model(Protocol):
         """Raise AmskvError, listing the nearest, if the model cannot draw this schedule."""
         ...
 
+    def find_schedule(self, aspect: str | None, size: str | None) -> ScaleSchedule:
+        """Return the schedule of an aspect ratio and a size, as people name them.
+
+        Raises:
+          UsageError: if there is none, listing what there is.
+        """
+        ...
+
     def cache_shape(self, schedule: ScaleSchedule) -> CacheShape:
         """Return what is cached."""
         ...
@@ -179,11 +187,33 @@ class Model(Protocol):
         ...
 
     def conditions(self, wanted: Any) -> Conditions:
-        """Return what a user asks for as conditions; raises UsageError if it cannot be drawn."""
+        """Return what a user asks for as conditions; None stands for an example of each.
+
+        Raises:
+          UsageError: if it cannot be drawn.
+        """
         ...
 
-    def example(self, batch: int) -> Any:
-        """Return some condition of ``batch`` pictures, for measuring, lowering and shape tests."""
+    def forced(self, codes: np.ndarray, schedule: ScaleSchedule) -> np.ndarray:
+        """Return codes of the first scales as ``Controls.forced`` takes them.
+
+        Args:
+          codes: [B, tokens, *K] on the tokenizer's own grids.
+          schedule: what is drawn.
+
+        Raises:
+          AmskvError: if they are not those of the first scales.
+        """
+        ...
+
+    def condition_bytes(self, rows: int, condition: Any, dtype: str) -> int:
+        """Return the bytes of what ``prepare`` makes of a condition and every block reads.
+
+        Args:
+          rows: of the batch, see ``Guidance``.
+          condition: of the batch.
+          dtype: of the products.
+        """
         ...
 
     def guidance(self, drawing: Drawing) -> Guidance:

@@ -13,7 +13,7 @@ from reference_weights import recipe_params
 from amskv_jax.attention import attend, choose_implementation
 from amskv_jax.decode import decode
 from amskv_jax.errors import AmskvError, UsageError
-from amskv_jax.generate import Sampler, force, picture_keys
+from amskv_jax.generate import Sampler, picture_keys
 from amskv_jax.models.guidance import Drawing, Guidance
 from amskv_jax.models.var.config import VARConfig, VQVAEConfig
 from amskv_jax.models.var.model import VARModel
@@ -170,7 +170,7 @@ def test_forced_codes_take_the_place_of_drawn_ones(params):
     drawing = Drawing(cfg=1.5, top_k=1, top_p=0.0)
     free = draw(params, drawing=drawing)
     codes = jnp.flip(free.tokens[:, :5], axis=0)
-    controls = force(MODEL.controls(SCHEDULE, drawing), codes, SCHEDULE)
+    controls = MODEL.controls(SCHEDULE, drawing).replace(forced=MODEL.forced(codes, SCHEDULE))
     plan = Full().plan(CONFIG.cache_shape)
     sampler = Sampler(MODEL, plan, sampling=TokenSampling(1), trace=True)
     forced = sampler(params, LABELS, KEYS, controls)
@@ -178,8 +178,9 @@ def test_forced_codes_take_the_place_of_drawn_ones(params):
     tokens = jnp.concatenate([codes, forced.tokens[:, 5:]], axis=1)
     latents = expected({"params": params["tokenizer"]}, tokens)
     np.testing.assert_allclose(forced.latents, latents, atol=1e-5)
-    with pytest.raises(AmskvError, match=r"there are 4 forced codes .* scales of .*, 1, 5, 14"):
-        force(controls, codes[:, :4], SCHEDULE)
+    for wrong in (codes[:, :4], codes + 32, codes[0], codes + 0.5):
+        with pytest.raises(AmskvError, match="forced codes"):
+            MODEL.forced(wrong, SCHEDULE)
 
 
 @pytest.mark.parametrize(

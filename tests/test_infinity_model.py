@@ -53,10 +53,14 @@ def test_cache_shape():
 
 
 def test_bytes_of_the_texts_keys_and_values():
-    assert MODEL.text_bytes(2, 512, "bfloat16") == 2**28
+    long = MODEL.conditions(TextFeatures(np.ones((300, 2048)), np.array([300])))
+    assert MODEL.condition_bytes(2, long.batch(np.arange(1)), "bfloat16") == 2**28
     model = InfinityModel(InfinityConfig(3, 128, 2, bits=4, text_channels=128), BSQConfig(4))
     transformer = Infinity(model.transformer, SQUARE, jnp.bfloat16)
-    condition, features = model.example(5), jnp.zeros((5, SQUARE.total - 1, 4))
+    condition, features = (
+        model.conditions(None).batch(np.arange(5)),
+        jnp.zeros((5, SQUARE.total - 1, 4)),
+    )
 
     def prepare():
         params = transformer.init(jax.random.key(0), condition, features)
@@ -64,7 +68,7 @@ def test_bytes_of_the_texts_keys_and_values():
 
     layers = jax.eval_shape(prepare)
     held = sum(x.size * x.dtype.itemsize for x in (layers.key, layers.value))
-    assert model.text_bytes(10, 64, "bfloat16") == held
+    assert model.condition_bytes(10, condition, "bfloat16") == held
 
 
 def test_where_guidance_acts():
@@ -102,7 +106,7 @@ def test_conditions_are_text_features():
     features = TextFeatures(np.ones((3, 2048), np.float32), np.array([3]))
     assert isinstance(MODEL.conditions(features), Prompts)
     assert "not str: encode prompts first" in message(MODEL.conditions, "a red fox")
-    example = MODEL.example(2)
+    example = MODEL.conditions(None).batch(np.arange(2))
     alike = MODEL.conditions(TextFeatures(np.ones((6, 2048)), np.array([2, 4])))
     assert jax.tree.map(jnp.shape, example) == jax.tree.map(jnp.shape, alike.batch(np.arange(2)))
 

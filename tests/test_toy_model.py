@@ -132,6 +132,15 @@ class ToyModel:
         if schedule != SCHEDULE:
             raise AmskvError(f"the toy draws {SCHEDULE} only")
 
+    def find_schedule(self, aspect: str | None, size: str | None) -> ScaleSchedule:
+        return SCHEDULE
+
+    def forced(self, codes: np.ndarray, schedule: ScaleSchedule) -> np.ndarray:
+        return codes
+
+    def condition_bytes(self, rows: int, condition: Any, dtype: str) -> int:
+        return 4 * rows * WIDTH
+
     def cache_shape(self, schedule: ScaleSchedule) -> CacheShape:
         return CacheShape(schedule, DEPTH, HEADS, WIDTH // HEADS)
 

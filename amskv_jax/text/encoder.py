@@ -11,12 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from amskv_jax.errors import AmskvError, UsageError
+from amskv_jax.models.infinity.prompts import BUCKETS, TextFeatures
 from amskv_jax.models.t5 import T5Config, T5Encoder
-from amskv_jax.text.features import TextFeatures
-from amskv_jax.text.prompts import MAX_TOKENS, PromptTokenizer
-
-BUCKETS = (64, 128, 256, MAX_TOKENS)
-"""Lengths to which prompts are padded: one compiled program serves all that fit."""
+from amskv_jax.text.prompts import PromptTokenizer
 
 
 @dataclass(frozen=True, eq=False)

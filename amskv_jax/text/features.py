@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flax import struct
 
 from amskv_jax.errors import AmskvError
 from amskv_jax.files import replacing
+from amskv_jax.models.infinity.prompts import TextFeatures
 from amskv_jax.text.prompts import MAX_TOKENS
 
 _UNREADABLE = (
@@ -24,27 +24,6 @@ _UNREADABLE = (
     zipfile.BadZipFile,
     zlib.error,
 )
-
-
-@struct.dataclass
-class TextFeatures:
-    """What a text encoder made of prompts, laid end to end.
-
-    Attributes:
-      features: [sum of lengths, C] float32.
-      lengths: tokens of every prompt, [B] integers.
-      negative_features: of negative prompts, [sum of their lengths, C] float32, or None.
-      negative_lengths: one per prompt, or a single one for all of them; None likewise.
-      texts: the prompts themselves, where they are known.
-      encoder: fingerprint of the text encoder; empty if unknown.
-    """
-
-    features: np.ndarray
-    lengths: np.ndarray
-    negative_features: np.ndarray | None = None
-    negative_lengths: np.ndarray | None = None
-    texts: tuple[str, ...] = struct.field(pytree_node=False, default=())
-    encoder: str = struct.field(pytree_node=False, default="")
 
 
 def write_features(path: str | os.PathLike[str], text: TextFeatures) -> None:

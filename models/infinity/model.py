@@ -9,10 +9,11 @@ import numpy as np
 
 from amskv_jax.errors import AmskvError, UsageError
 from amskv_jax.models.guidance import UNGUIDED, Controls, Drawing, Guidance, per_scale
+from amskv_jax.models.infinity.bsq import from_grids
 from amskv_jax.models.infinity.bsq_config import BSQConfig
 from amskv_jax.models.infinity.config import InfinityConfig
 from amskv_jax.models.infinity.prompts import Prompts, TextFeatures, bucket_of
-from amskv_jax.models.infinity.schedules import whole_of
+from amskv_jax.models.infinity.schedules import schedule_of, whole_of
 from amskv_jax.models.infinity.text import TextCondition
 from amskv_jax.models.infinity.transformer import Infinity
 from amskv_jax.models.infinity.vae import BSQVAE
@@ -76,21 +77,16 @@ class InfinityModel:
                 f"the schedule has {schedule.num_scales} scales, the transformer knows {levels}"
             )
 
+    def find_schedule(self, aspect: str | None, size: str | None) -> ScaleSchedule:
+        """See ``protocol.Model.find_schedule`` and ``schedules.schedule_of``."""
+        if aspect is None and size is None:
+            return self.schedule
+        return schedule_of(aspect or "1:1", size or "1M")
+
     def cache_shape(self, schedule: ScaleSchedule) -> CacheShape:
         """Return what is cached."""
         config = self.transformer
         return CacheShape(schedule, config.depth, config.num_heads, config.head_dim)
-
-    def text_bytes(self, rows: int, tokens: int, dtype: str) -> int:
-        """Return the bytes of the texts' keys and values in all blocks, which drawing holds.
-
-        Args:
-          rows: of the batch; with guidance two per picture.
-          tokens: to which the texts are padded, see ``prompts.bucket_of``.
-          dtype: "float32" or "bfloat16".
-        """
-        config = self.transformer
-        return 2 * config.depth * rows * tokens * config.width * jnp.dtype(dtype).itemsize
 
     def picture_size(self, schedule: ScaleSchedule) -> tuple[int, int]:
         """Return (height, width) in pixels."""
@@ -108,23 +104,29 @@ class InfinityModel:
         )
 
     def conditions(self, wanted: Any) -> Prompts:
-        """Return text features as numbered conditions.
+        """Return text features as numbered conditions; None gives a made-up one.
 
         Raises:
           UsageError: if it is something else, or the features do not fit the transformer.
         """
+        if wanted is None:
+            length, channels = bucket_of(1, self.transformer), self.transformer.text_channels
+            features = np.random.default_rng(0).standard_normal((length, channels), np.float32)
+            wanted = TextFeatures(0.5 * features, np.array([length]), texts=("an example",))
         if not isinstance(wanted, TextFeatures):
             raise UsageError(
                 f"Infinity draws TextFeatures, not {type(wanted).__name__}: encode prompts first"
             )
         return Prompts(self.transformer, wanted)
 
-    def example(self, batch: int) -> TextCondition:
-        """Return features of ``batch`` texts that fill the smallest bucket."""
-        length = bucket_of(1, self.transformer)
-        shape = (batch, length, self.transformer.text_channels)
-        features = np.random.default_rng(0).standard_normal(shape, np.float32)
-        return TextCondition(0.5 * features, np.full(batch, length, np.int32))
+    def forced(self, codes: np.ndarray, schedule: ScaleSchedule) -> np.ndarray:
+        """See ``protocol.Model.forced``; codes are [B, tokens, bits] of zeros and ones."""
+        return from_grids(codes, self.tokenizer, schedule)
+
+    def condition_bytes(self, rows: int, condition: TextCondition, dtype: str) -> int:
+        """Return the bytes of the texts' keys and values in all blocks."""
+        config, tokens = self.transformer, condition.features.shape[1]
+        return 2 * config.depth * rows * tokens * config.width * jnp.dtype(dtype).itemsize
 
     def guidance(self, drawing: Drawing) -> Guidance:
         """Return where guidance acts; nowhere, with one row per picture, if every cfg is 1.

@@ -64,6 +64,13 @@ class VARModel:
         if schedule != self.schedule:
             raise AmskvError(f"the plan's scales are {schedule}, the model's {self.schedule}")
 
+    def find_schedule(self, aspect: str | None, size: str | None) -> ScaleSchedule:
+        """Return the model's own schedule; raises UsageError if another is asked for."""
+        if aspect is not None or size is not None:
+            height, width = self.picture_size(self.schedule)
+            raise UsageError(f"the model draws pictures of {height} x {width} pixels alone")
+        return self.schedule
+
     def cache_shape(self, schedule: ScaleSchedule) -> CacheShape:
         """See ``protocol.Model.cache_shape``."""
         return replace(self.transformer.cache_shape, schedule=schedule)
@@ -88,9 +95,24 @@ class VARModel:
         """
         return Labels.of(wanted, self.transformer.num_classes)
 
-    def example(self, batch: int) -> np.ndarray:
-        """See ``protocol.Model.example``."""
-        return self.conditions(None).batch(np.arange(batch))
+    def forced(self, codes: np.ndarray, schedule: ScaleSchedule) -> np.ndarray:
+        """See ``protocol.Model.forced``; codes are [B, tokens] indices of the codebook."""
+        codes = np.asarray(codes)
+        whole, vocab = schedule.offsets[1:], self.transformer.vocab_size
+        if codes.ndim != 2 or codes.shape[1] not in whole or codes.dtype.kind not in "iu":
+            raise AmskvError(
+                f"forced codes have shape {codes.shape} and type {codes.dtype}: expected integers "
+                f"[pictures, tokens] of the first scales of {schedule}, of which there are "
+                f"{', '.join(map(str, whole))}"
+            )
+        if codes.size and not 0 <= codes.min() <= codes.max() < vocab:
+            raise AmskvError(f"forced codes must lie between 0 and {vocab - 1}")
+        return codes.astype(np.int32)
+
+    def condition_bytes(self, rows: int, condition: Any, dtype: str) -> int:
+        """Return the bytes of all blocks' modulation."""
+        config = self.transformer
+        return config.depth * rows * 6 * config.width * jnp.dtype(dtype).itemsize
 
     def guidance(self, drawing: Drawing) -> Guidance:
         """See ``protocol.Model.guidance``; strength 0 is none."""
