@@ -15,7 +15,7 @@ FOLDERS = {
 }
 FLOORS = [
     ["errors", "words", "precision", "schedule"],
-    ["files", "resize"],
+    ["files", "resize", "numbers"],
     ["attention", "similarity", "sampling", "mesh"],
     ["plan"],
     ["policies", "models"],

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from infinity_golden import FOLDER, config_of, load, recipe_params, schedule_in, texts_in
 
-from amskv_jax.generate import Sampler, force, picture_keys
+from amskv_jax.generate import Sampler, picture_keys
 from amskv_jax.models.guidance import Drawing
-from amskv_jax.models.infinity.bsq import from_grids
 from amskv_jax.models.infinity.bsq_config import BSQConfig
 from amskv_jax.models.infinity.model import InfinityModel
 from amskv_jax.plan.retention import RetentionPlan
@@ -67,12 +66,15 @@ def test_generation(name):
         top_p=0.0,
     )
     keep = description.get("plan")
-    depth = model.transformer.depth
-    plan = RetentionPlan.from_keep(schedule, keep) if keep else Full().plan(schedule, depth)
+    plan = (
+        RetentionPlan.from_keep(schedule, keep)
+        if keep
+        else Full().plan(model.cache_shape(schedule))
+    )
     controls = model.controls(schedule, drawing)
     if "forced_bits_vae" in golden:
-        forced = from_grids(golden["forced_bits_vae"], model.tokenizer, schedule)
-        controls = force(controls, forced, schedule)
+        forced = model.forced(golden["forced_bits_vae"], schedule)
+        controls = controls.replace(forced=forced)
     prompts = model.conditions(texts_in(golden))
     condition, keys = prompts.batch(np.arange(len(prompts))), keys_of(len(prompts))
     samples = sampler_of(model, plan, drawing)(params, condition, keys, controls)
@@ -95,7 +97,7 @@ def beginning():
     description, golden = load("infinity_tiny.gen_vary")
     model, params = model_in(description)
     schedule = ScaleSchedule.square((1, 2, 4))
-    return model, Full().plan(schedule, model.transformer.depth), params, texts_in(golden)
+    return model, Full().plan(model.cache_shape(schedule)), params, texts_in(golden)
 
 
 def test_other_prompts_strengths_and_temperatures_do_not_compile_again(beginning):

@@ -4,6 +4,7 @@ import json
 import runpy
 from dataclasses import asdict, dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,10 @@ class Recipe:
 
 
 def find_recipe(name: str) -> Recipe:
-    """Return the settings which a config holds as TOKENIZER_TRAINING and TRANSFORMER_TRAINING.
+    """Return the settings that a file holds as TOKENIZER_TRAINING and TRANSFORMER_TRAINING.
 
     Args:
-      name: of a known model, or a Python file (.py).
+      name: of a model with a file in this folder, such as "var-cifar10", or a Python file (.py).
 
     Raises:
       UsageError: if there is no such model or file, or it lacks these settings.
@@ -47,7 +48,8 @@ def find_recipe(name: str) -> Recipe:
         found = runpy.run_path(name)
     else:
         configs.get(name)  # refuses names that are not known
-        found = vars(import_module(f"{configs.__name__}.{name.replace('-', '_')}"))
+        module = f"{__package__}.{name.replace('-', '_')}"
+        found = vars(import_module(module)) if find_spec(module) else {}
     tokenizer = found.get("TOKENIZER_TRAINING")
     transformer = found.get("TRANSFORMER_TRAINING")
     if not (
