@@ -67,8 +67,11 @@ def test_generation(name):
         top_p=0.0,
     )
     keep = description.get("plan")
-    depth = model.transformer.depth
-    plan = RetentionPlan.from_keep(schedule, keep) if keep else Full().plan(schedule, depth)
+    plan = (
+        RetentionPlan.from_keep(schedule, keep)
+        if keep
+        else Full().plan(model.cache_shape(schedule))
+    )
     controls = model.controls(schedule, drawing)
     if "forced_bits_vae" in golden:
         forced = from_grids(golden["forced_bits_vae"], model.tokenizer, schedule)
@@ -95,7 +98,7 @@ def beginning():
     description, golden = load("infinity_tiny.gen_vary")
     model, params = model_in(description)
     schedule = ScaleSchedule.square((1, 2, 4))
-    return model, Full().plan(schedule, model.transformer.depth), params, texts_in(golden)
+    return model, Full().plan(model.cache_shape(schedule)), params, texts_in(golden)
 
 
 def test_other_prompts_strengths_and_temperatures_do_not_compile_again(beginning):

@@ -9,7 +9,6 @@ from rich.table import Table
 from amskv_jax.cli.console import make_console, print_line
 from amskv_jax.plan.memory import CacheGeometry, MemoryReport
 from amskv_jax.plan.retention import RetentionPlan, layers_by_row
-from amskv_jax.plan.shape import CacheShape
 from amskv_jax.words import byte_size, decimal, number_ranges
 
 
