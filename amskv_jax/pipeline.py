@@ -18,6 +18,7 @@ from amskv_jax.drawing import Drawer
 from amskv_jax.generate import Sampler, Samples, picture_keys
 from amskv_jax.models.guidance import Controls, Drawing
 from amskv_jax.models.protocol import Conditions, Model
+from amskv_jax.plan.memory import CacheGeometry
 from amskv_jax.plan.retention import RetentionPlan
 from amskv_jax.plan.shape import CacheShape
 from amskv_jax.plan.stats import LayerStats
@@ -91,6 +92,11 @@ class Pipeline:
     def shape(self) -> CacheShape:
         """What the model caches."""
         return self.model.cache_shape(self.schedule)
+
+    def geometry(self, pictures: int, drawing: Drawing | None = None) -> CacheGeometry:
+        """Return what the cache of a batch costs per token; ``self.drawing`` if none is given."""
+        rows = self.model.guidance(drawing or self.drawing).rows_per_picture
+        return CacheGeometry.of(self.shape, pictures, self.dtype, rows)
 
     def plan(self, policy: Policy, stats: LayerStats | None = None) -> RetentionPlan:
         """Return what a policy keeps of this model's cache.

@@ -19,7 +19,7 @@ from amskv_jax.models.var.model import VARModel
 from amskv_jax.numbers import NUMBERS
 from amskv_jax.plan.rows import StaticRow
 from amskv_jax.plan.runtime_rows import OnlineRow
-from amskv_jax.policies import AMSKV
+from amskv_jax.policies import AMSKV, OnlineAMSKV
 from amskv_jax.policies.walk import adaptive_walk, distinct_capacities
 from amskv_jax.schedule import VAR_256, ScaleSchedule
 from amskv_jax.testing import sample, with_pictures
@@ -72,7 +72,7 @@ def params():
 def recorded(golden, name):
     """The policy of a recorded run."""
     c_min, c_max, condensed, theta = golden[f"{name}_params"]
-    return AMSKV(int(c_min), int(c_max), int(condensed), theta=float(theta), online=True)
+    return OnlineAMSKV(int(c_min), int(c_max), int(condensed), float(theta))
 
 
 def generate(params, golden, name, plan, **options):
@@ -105,7 +105,7 @@ def test_online_runs_decide_as_recorded(params, golden, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["A1", "A2", "A3", "A4", "A5"])
 def test_plans_from_recorded_similarities_draw_what_was_recorded(params, golden, name):
-    policy = AMSKV(**(vars(recorded(golden, name)) | {"online": False}))
+    policy = AMSKV(**vars(recorded(golden, name)))
     stats = make_stats(golden[f"{name}_neg_l2"], heads=CONFIG.num_heads)
     plan = policy.plan(CONFIG.cache_shape, stats)
     attended = np.array([row.kept_tokens for row in plan.rows]) + VAR_256.tokens

@@ -11,7 +11,7 @@ from made_stats import cache_shape, make_stats, random_stats
 from amskv_jax.errors import AmskvError, UsageError
 from amskv_jax.plan.memory import CacheGeometry, MemoryReport
 from amskv_jax.plan.retention import RetentionPlan
-from amskv_jax.policies import AMSKV
+from amskv_jax.policies import AMSKV, OnlineAMSKV
 from amskv_jax.policies.theta import automatic_theta
 from amskv_jax.schedule import VAR_256, VAR_512, ScaleSchedule
 
@@ -80,7 +80,7 @@ def test_theta_follows_from_the_scales_that_find_no_room():
     plan = policy.plan(cache_shape(VAR_256, 6), make_stats(similarity))
     assert "demanding layers 1, 4" in plan.note
     assert plan == AMSKV(160, 360, theta=-0.5).plan(cache_shape(VAR_256, 6), make_stats(similarity))
-    online = AMSKV(160, 360, online=True).plan(cache_shape(VAR_256, 6), make_stats(similarity))
+    online = OnlineAMSKV(160, 360).plan(cache_shape(VAR_256, 6), make_stats(similarity))
     assert {row.theta for row in online.rows} == {classes.theta}
     assert RetentionPlan.from_json(online.to_json()) == online
 
@@ -138,7 +138,7 @@ def test_a_budget_gets_the_plan_that_keeps_most_attention(seed, max_tokens, cond
 @pytest.mark.parametrize("allocation", ["similarity", "uniform"])
 def test_a_target_saving_is_met(target, schedule, layers, calibrated, allocation):
     stats = random_stats(1, schedule, layers) if calibrated else None
-    policy = AMSKV(target_saving=target, allocation=allocation)
+    policy = AMSKV(saving=target, allocation=allocation)
     plan = policy.plan(cache_shape(schedule, layers), stats)
     report = MemoryReport.of(plan, CacheGeometry(2, 16, 64))
     assert report.saving(report.full) >= target
@@ -155,7 +155,7 @@ def test_a_target_saving_is_met(target, schedule, layers, calibrated, allocation
 def test_a_target_that_cannot_be_met_names_the_smallest_plan():
     stats = random_stats(0, VAR_256, 4)
     with pytest.raises(AmskvError, match="holds at most 27 tokens in 4 layers") as caught:
-        AMSKV(target_saving=0.99, condensed=3).plan(cache_shape(VAR_256, 4), stats)
+        AMSKV(saving=0.99, condensed=3).plan(cache_shape(VAR_256, 4), stats)
     assert "the smallest with condensed 3 holds 56 (97.9% saved" in str(caught.value)
     plan = AMSKV(max_tokens=56, condensed=3).plan(cache_shape(VAR_256, 4), stats)
     assert held(plan) == 56
@@ -187,15 +187,15 @@ def test_both_allocations_have_the_same_sum_of_capacities():
     ("make", "message"),
     [
         (lambda: AMSKV(theta=float("nan")), "theta must be a number"),
-        (lambda: AMSKV(target_saving=1.2), "must lie between 0 and 1, not 1.2"),
+        (lambda: AMSKV(saving=1.2), "must lie between 0 and 1, not 1.2"),
         (lambda: AMSKV(max_tokens=-1), "must hold 0 or more tokens, not -1"),
-        (lambda: AMSKV(target_saving=0.5, max_tokens=9), "not both"),
+        (lambda: AMSKV(saving=0.5, max_tokens=9), "not both"),
         (lambda: AMSKV(allocation="fair"), "unknown allocation 'fair'"),
-        (lambda: AMSKV(online=True, max_tokens=9), "decides while it draws"),
-        (lambda: AMSKV(online=True, demanding_layers=(0,)), "decides while it draws"),
+        (lambda: OnlineAMSKV(9, 3), "C_max .3 tokens. is below C_min"),
+        (lambda: OnlineAMSKV(condensed=-1), "condensed must be 0 or more"),
         (
-            lambda: AMSKV(online=True).plan(cache_shape(VAR_256, 4)),
-            "needs theta, or a calibration run",
+            lambda: OnlineAMSKV().plan(cache_shape(VAR_256, 4)),
+            "needs theta, or the statistics of a calibration run",
         ),
         (
             lambda: AMSKV(c_min=9, max_tokens=9, allocation="uniform").plan(
@@ -212,7 +212,7 @@ def test_options_that_cannot_work_are_refused(make, message):
 
 def test_statistics_of_another_model_are_refused():
     stats = random_stats(0, VAR_256, 4)
-    for policy in (AMSKV(), AMSKV(target_saving=0.5), AMSKV(online=True)):
+    for policy in (AMSKV(), AMSKV(saving=0.5), OnlineAMSKV()):
         with pytest.raises(AmskvError, match="of a model with 4 layers, this one has 5"):
             policy.plan(cache_shape(VAR_256, 5), stats)
         with pytest.raises(AmskvError, match="this one has 1, 2, 3, 4, 6, 9, 13, 18, 24, 32"):

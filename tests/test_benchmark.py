@@ -12,11 +12,9 @@ from amskv_jax.checkpoints.initialize import random_params
 from amskv_jax.generate import Sampler
 from amskv_jax.policies import Full
 from amskv_jax.sampling import TokenSampling
-from amskv_jax.testing import SCHEDULE, TINY_VAR
+from amskv_jax.testing import TINY_VAR, TRANSFORMER
 
-SAMPLER = Sampler(
-    TINY_VAR, Full().plan(TINY_VAR.cache_shape(SCHEDULE)), sampling=TokenSampling(top_k=1)
-)
+SAMPLER = Sampler(TINY_VAR, Full().plan(TRANSFORMER.cache_shape), sampling=TokenSampling(top_k=1))
 
 
 def test_every_arm_has_a_process_of_its_own():
@@ -74,8 +72,16 @@ def arms(monkeypatch):
 
 def test_bench_compares_policies_and_plan_files(amskv, arms, tmp_path):
     plan, path = tmp_path / "plan.json", tmp_path / "bench.json"
-    amskv("plan", "--model", "var-tiny", "--policy", "window", "--window", 3, "--save", plan)
-    options = ("--policies", f"full,{plan},sink", "--batch", 8, "--repeats", 5, "--no-decode")
+    amskv("plan", "--model", "var-tiny", "--policy", "window:window=3", "--save", plan)
+    options = (
+        "--policies",
+        f"full,explicit:path={plan},sink",
+        "--batch",
+        8,
+        "--repeats",
+        5,
+        "--no-decode",
+    )
     done = amskv("bench", "--model", "var-tiny", *options, "--save", path)
     assert (done.code, done.err) == (0, "")
     assert [arm[1:] for arm in arms] == [(8, 5, False)] * 3
@@ -86,7 +92,7 @@ def test_bench_compares_policies_and_plan_files(amskv, arms, tmp_path):
     lines = [line.split() for line in done.out.splitlines()]
     assert "GPU, attention cudnn, random weights" in done.out
     full = "full 10.00 1.00 5.0 s 1.00 1.00 GiB 1.00 2.00 GiB 1.00"
-    from_file = f"{plan} 20.00 2.00 5.0 s 1.00 1.00 GiB 1.00 1.00 GiB 0.50"
+    from_file = f"explicit:path={plan} 20.00 2.00 5.0 s 1.00 1.00 GiB 1.00 1.00 GiB 0.50"
     assert full.split() in lines
     assert from_file.split() in lines
     assert ["sink", "no", "memory", "-", "-", "-", "-", "-", "-", "-"] in lines
@@ -107,8 +113,11 @@ def test_bench_refuses_what_cannot_work_before_measuring(amskv, arms, tmp_path):
     tiny = ("--model", "var-tiny")
     assert "unknown policy 'best'" in refused(2, *tiny, "--policies", "full,best")
     assert "an empty name" in refused(2, *tiny, "--policies", "full,,ams")
+    assert "spelled explicit:path=no.json" in refused(2, *tiny, "--policies", "no.json")
     assert "unknown model 'var-d99'" in refused(2, "--model", "var-d99")
-    assert "cannot read the retention plan" in refused(1, *tiny, "--policies", "no.json")
+    assert "cannot read the retention plan" in refused(
+        1, *tiny, "--policies", "explicit:path=no.json"
+    )
     (tmp_path / "bench.json").write_text("{}")
     assert "bench.json exists" in refused(1, *tiny, "--save", tmp_path / "bench.json")
     assert "unknown type" in refused(2, *tiny, "--save", tmp_path / "bench.txt")

@@ -193,8 +193,10 @@ def test_damaged_files_are_refused(stats, tmp_path):
     with pytest.raises(AmskvError, match="cannot read the layer statistics"):
         LayerStats.load(path)
     path.write_bytes(b"not a zip file")
-    with pytest.raises(AmskvError, match="cannot read the layer statistics"):
+    with pytest.raises(AmskvError, match="cannot read the layer statistics") as caught:
         LayerStats.load(path)
+    assert "pickle" not in str(caught.value), "nobody is advised to load it unsafely"
+    assert "write it again with `amskv calibrate`" in str(caught.value)
     np.savez(path, a=1)
     with pytest.raises(AmskvError, match="holds no layer statistics: write them with"):
         LayerStats.load(path)

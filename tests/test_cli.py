@@ -104,8 +104,8 @@ def test_plan_says_what_the_published_models_need(amskv, model, expected):
 
 
 def test_plan_shows_every_group_of_layers_at_every_step(amskv):
-    options = ("--c-min", 5, "--c-max", 14, "--condensed", 1, "--demanding-layers", "1")
-    done = amskv("plan", "--model", "var-tiny", "--policy", "ams", *options, "--dtype", "float32")
+    policy = "ams:c_min=5,c_max=14,condensed=1,demanding_layers=1"
+    done = amskv("plan", "--model", "var-tiny", "--policy", policy, "--dtype", "float32")
     assert done.code == 0
     assert "AMS-KV: C_min 5, C_max 14, condensed 1; demanding layers given: 1" in done.out
     lines = [line.split() for line in done.out.splitlines()]
@@ -121,7 +121,7 @@ def test_plan_says_that_its_demanding_layers_are_no_measurement(amskv):
 
 def test_plans_are_saved_read_again_and_drawn(amskv, checkpoint, tmp_path):
     path, plot = tmp_path / "plan.json", tmp_path / "plan.png"
-    made = ("--policy", "sink", "--sink", 1, "--window", 3)
+    made = ("--policy", "sink:sink=1,window=3")
     arguments = ("--checkpoint", checkpoint, *made, "--save", path, "--plot", plot)
     done = amskv("plan", *arguments)
     assert (done.code, done.err) == (0, "")
@@ -207,7 +207,7 @@ def test_the_size_of_batches_changes_nothing(sample):
 
 
 def test_a_plan_file_does_what_its_policy_does(amskv, sample, checkpoint, tmp_path):
-    options = ("--policy", "window", "--window", 2)
+    options = ("--policy", "window:window=2")
     path = tmp_path / "plan.json"
     assert amskv("plan", "--checkpoint", checkpoint, *options, "--save", path).code == 0
     _, from_policy = sample(*options, "--top-k", 1)

@@ -127,6 +127,9 @@ def sample(refused, checkpoint, tmp_path):
         (",", "--labels ',': expected"),
         ("cat", "--labels 'cat': expected"),
         ("5-3", "the range 5-3 is empty"),
+        ("0-99999999999", "the range 0-99999999999 has more than 1000000 numbers"),
+        ("1" * 20, f"unknown label {'1' * 20}: the model has classes 0-9"),
+        ("1" * 5000, "expected numbers and ranges"),
     ],
 )
 def test_sample_labels(sample, labels, expected):
@@ -137,20 +140,14 @@ def test_sample_labels(sample, labels, expected):
     ("options", "expected"),
     [
         (("--policy", "best"), "unknown policy 'best': expected full, ams"),
-        (
-            ("--policy", "ams", "--c-min", "9", "--c-max", "5"),
-            "C_max (5 tokens) is below C_min (9)",
-        ),
-        (
-            ("--policy", "window", "--c-min", "9"),
-            "window does not take --c-min; its options: --w",
-        ),
-        (("--policy", "explicit"), "the policy explicit needs --plan"),
-        (("--policy", "window", "--window", "-1"), "window must be 0 or more"),
-        (
-            ("--policy", "ams", "--demanding-layers", "x"),
-            "--demanding-layers 'x': expected",
-        ),
+        (("--policy", "ams:c_min=9,c_max=5"), "C_max (5 tokens) is below C_min (9)"),
+        (("--policy", "window:c_min=9"), "the policy window has no option 'c_min'; window has"),
+        (("--policy", "explicit"), "the policy explicit needs path"),
+        (("--policy", "full", "--plan", "plan.json"), "give either --policy or --plan"),
+        (("--policy", "window:window=-1"), "window must be 0 or more"),
+        (("--policy", "ams:demanding_layers=x"), "demanding_layers 'x': expected numbers"),
+        (("--compare", "full,best"), "unknown policy 'best'"),
+        (("--seed", str(2**70)), "4294967295"),
         (("--top-p", "1.5"), "'--top-p'"),
         (("--batch-size", "0"), "'--batch-size'"),
         (("--save-tokens", "tokens.txt"), "tokens.txt is of an unknown type: expected .npz"),
@@ -162,7 +159,7 @@ def test_sample_options_that_can_never_work(sample, options, expected):
 
 def test_sample_policies_that_do_not_fit_the_model(sample):
     expected = "demanding layers [7]: the model has layers 0-2"
-    sample(1, "--policy", "ams", "--demanding-layers", "0,7", expect=expected)
+    sample(1, "--policy", "ams:demanding_layers=0+7", expect=expected)
 
 
 @pytest.mark.parametrize(
@@ -174,8 +171,9 @@ def test_sample_policies_that_do_not_fit_the_model(sample):
         ),
         (json.dumps({"keep": [[[], [], [0]]] * 3}), "tokens 0:1 of scale 0, which were dropped"),
         ("{", "this is no retention plan"),
+        (f'{{"keep": {"[" * 2000}{"]" * 2000}}}', "retention plan: expected"),
     ],
-    ids=["another depth", "revived scale", "damaged"],
+    ids=["another depth", "revived scale", "damaged", "nested too deep"],
 )
 def test_sample_plans(sample, tmp_path, content, expected):
     path = tmp_path / "plan.json"
@@ -235,9 +233,9 @@ def test_plan(refused, checkpoint, tmp_path, monkeypatch):
     both = ("--model", "var-tiny", "--checkpoint", checkpoint)
     refused(2, "plan", *both, expect="give either --model or --checkpoint")
     refused(2, "plan", "--model", "var-d99", expect="unknown model 'var-d99': expected one of var-")
-    options = ("--policy", "ams", "--c-min", 9, "--c-max", 5)
+    options = ("--policy", "ams:c_min=9,c_max=5")
     refused(2, "plan", "--model", "var-d16", *options, expect="C_max (5 tokens) is below C_min (9)")
-    options = ("--policy", "ams", "--c-min", 4)
+    options = ("--policy", "ams:c_min=4")
     refused(1, "plan", "--model", "var-d16", *options, expect="the 2 condensed scales need 5")
     refused(
         2, "plan", "--model", "var-d16", "--plot", "plan.gif", expect="plan.gif is of an unknown"

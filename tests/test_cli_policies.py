@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -34,15 +34,17 @@ def stats(tmp_path):
     [
         ("--policy full", "37.6%"),
         ("--policy ams", "C_min 174, C_max 338, condensed 2; demanding layers: the first third"),
-        ("--policy ams --target-saving 0.8", "capacities fitted to save 80.0%"),
-        ("--policy ams --max-cache-bytes 2GiB --batch 64", "fitted to hold at most 4096 tokens"),
-        ("--policy ams --allocation uniform", "allocated uniformly: 235 tokens in every layer"),
-        ("--policy ams --online --theta -1", "theta -1 as given; layers are classified while"),
-        ("--policy window --window 200", "200"),
-        ("--policy sink --sink 5 --window 200", "205"),
-        ("--policy h2o --budget 200", "H2O: 200 tokens, the latest 100 and 100 heavy hitters"),
-        ("--policy scalekv --budget 200", "ScaleKV (paper): mean budget 200 tokens"),
-        ("--policy scalekv --budget 200 --mode reference", "ScaleKV (reference)"),
+        ("--policy ams:saving=0.8", "capacities fitted to save 80.0%"),
+        ("--policy ams:bytes=2GiB --batch 64", "fitted to hold at most 4096 tokens"),
+        ("--policy ams:allocation=uniform", "allocated uniformly: 235 tokens in every layer"),
+        ("--policy ams-online:theta=-1", "theta -1 as given; layers are classified while"),
+        ("--policy window:window=200", "200"),
+        ("--policy h2o:saving=0.8", "H2O: 133 tokens"),
+        ("--policy scalekv:bytes=2GiB --batch 64", "ScaleKV (paper): mean budget"),
+        ("--policy sink:sink=5,window=200", "205"),
+        ("--policy h2o:budget=200", "H2O: 200 tokens, the latest 100 and 100 heavy hitters"),
+        ("--policy scalekv:budget=200", "ScaleKV (paper): mean budget 200 tokens"),
+        ("--policy scalekv:budget=200,mode=reference", "ScaleKV (reference)"),
     ],
 )
 def test_policies_announce_their_plans(plan, options, expected):
@@ -63,11 +65,11 @@ def test_without_guidance_a_picture_has_one_row(plan):
 def test_calibrated_policies_take_statistics(plan, stats):
     for options, expected in (
         ("--policy ams", "calibrated, theta -"),
-        ("--policy ams --theta -0.5", "calibrated, theta -0.5 as given, demanding layers"),
-        ("--policy ams --target-saving 0.8", "capacities fitted to save 80.0%"),
-        ("--policy scalekv --budget 200", "layer-scale pairs, by selectivity"),
+        ("--policy ams:theta=-0.5", "calibrated, theta -0.5 as given, demanding layers"),
+        ("--policy ams:saving=0.8", "capacities fitted to save 80.0%"),
+        ("--policy scalekv:budget=200", "layer-scale pairs, by selectivity"),
         (
-            "--policy heads --budget 200 --patterns 3",
+            "--policy heads:budget=200,patterns=3",
             "heads: mean budget 200 tokens, 2 scales protected",
         ),
     ):
@@ -79,18 +81,22 @@ def test_calibrated_policies_take_statistics(plan, stats):
 @pytest.mark.parametrize(
     ("code", "options", "expected"),
     [
-        (2, "--policy scalekv --window 7", "the window must be a square grid of tokens"),
-        (1, "--policy scalekv --budget 10 --window 16", "does not fit the 3x3 map"),
-        (2, "--policy scalekv --mode other", "other"),
-        (1, "--policy scalekv --budget-file missing.json", "cannot read the budget file"),
-        (1, "--policy ams --target-saving 0.999", "(99.3% saved of the full cache"),
-        (1, "--policy ams --max-cache-bytes 1MiB --batch 64", "the smallest with condensed 2"),
-        (2, "--policy ams --max-cache-bytes much", "much"),
-        (2, "--policy ams --theta -1", "theta needs the similarities of a calibration run"),
+        (2, "--policy scalekv:window=7", "the window must be a square grid of tokens"),
+        (1, "--policy scalekv:budget=10,window=16", "does not fit the 3x3 map"),
+        (2, "--policy scalekv:mode=other", "mode 'other': expected paper or reference"),
+        (1, "--policy scalekv:budget_file=missing.json", "cannot read the budget file"),
+        (1, "--policy ams:saving=0.999", "(99.3% saved of the full cache"),
+        (1, "--policy ams:bytes=1MiB --batch 64", "the smallest with condensed 2"),
+        (2, "--policy ams:bytes=much", "bytes 'much': expected bytes such as 2GiB"),
+        (2, "--policy ams:theta=-1", "theta needs the similarities of a calibration run"),
         (2, "--policy heads", "needs the attention of a calibration run"),
-        (2, "--policy h2o --budget -3", "the budget must be 0 or more tokens, not -3"),
-        (2, "--policy h2o --window 3", "does not take --window; its options: --budget, --recent"),
-        (2, "--policy window --window -4", "the window must be 0 or more tokens, not -4"),
+        (2, "--policy h2o:budget=-3", "the budget must be 0 or more tokens, not -3"),
+        (
+            2,
+            "--policy h2o:window=3",
+            "no option 'window'; h2o has the options budget, recent, saving, bytes",
+        ),
+        (2, "--policy window:window=-4", "the window must be 0 or more tokens, not -4"),
     ],
 )
 def test_what_policies_refuse(plan, code, options, expected):
@@ -101,7 +107,7 @@ def test_what_policies_refuse(plan, code, options, expected):
 
 
 def test_statistics_that_do_not_fit(plan, amskv, stats, checkpoint, tmp_path):
-    done = plan(f"--policy heads --budget 4 --stats {stats}")
+    done = plan(f"--policy heads:budget=4 --stats {stats}")
     assert done.code == 1
     assert "the 2 protected scales need 5: raise the budget or protect fewer" in done.err
 
@@ -125,7 +131,11 @@ def test_statistics_that_do_not_fit(plan, amskv, stats, checkpoint, tmp_path):
 
 
 def test_help_explains_every_policy(amskv):
-    for command in ("plan", "sample"):
+    for command in ("plan", "sample", "bench", "eval"):
         text = amskv(command, "--help").out
-        for name in REGISTRY:
-            assert f"{name}:" in text
+        for name, policy in REGISTRY.items():
+            assert re.search(rf"^ {name}: Keeps\b", text, re.MULTILINE)
+            for option in fields(policy):
+                assert f"\n     {option.name}: " in text, option
+        assert "(arXiv 2511.16047)." in text
+        assert "``" not in text

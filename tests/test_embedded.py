@@ -141,7 +141,7 @@ def test_sample_without_a_checkpoint_compares_with_the_full_cache(embedding, ams
         assert first.width > 10 * 128 > 3 * first.height  # two panels of 5 x 2 pictures
         pixels = np.asarray(first)
 
-    again = amskv("sample", "--policy", "window", "--window", 3)
+    again = amskv("sample", "--policy", "window:window=3", "--compare", "full")
     assert "full cache: cache of" in again.out
     assert "window" in again.out
     assert "wrote amskv-sample-2.png" in again.out
@@ -202,8 +202,8 @@ def test_statistics_of_embedded_models_are_theirs(tmp_path):
 
 
 def test_plans_follow_from_embedded_statistics(amskv):
-    given = ("--checkpoint", "var-cifar10", "--stats", "var-cifar10", "--target-saving", 0.787)
-    done = amskv("plan", *given, "--policy", "ams")
+    given = ("--checkpoint", "var-cifar10", "--stats", "var-cifar10")
+    done = amskv("plan", *given, "--policy", "ams:saving=0.787")
     assert (done.code, done.err) == (0, "")
     assert "calibrated" in done.out
     assert "78.8%" in done.out

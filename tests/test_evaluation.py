@@ -19,8 +19,7 @@ from amskv_jax.models.var.config import VARConfig, VQVAEConfig
 from amskv_jax.models.var.model import VARModel
 from amskv_jax.pipeline import Pipeline
 from amskv_jax.plan.stats import LayerStats
-from amskv_jax.policies import Window
-from amskv_jax.policies.budgets import BUDGETED, PolicyRequest, memory_report, policy_for_saving
+from amskv_jax.policies.grammar import parse_policies
 from amskv_jax.schedule import VAR_256, ScaleSchedule
 
 SCHEDULE = ScaleSchedule.square((1, 2, 3))
@@ -60,7 +59,7 @@ def judge():
     return Judge.of(MEAN_COLOUR, real)
 
 
-REQUESTS = [PolicyRequest("full"), PolicyRequest("window", 0.75)]
+REQUESTS = parse_policies("full,window:saving=0.75")
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +150,7 @@ def test_finished_evaluation_only_reads(model, judge, whole, monkeypatch):
 
 
 def test_evaluation_without_features_compares_with_the_full_cache(model, tmp_path):
-    same = [PolicyRequest("full"), PolicyRequest("window", 0.0)]
+    same = parse_policies("full,window:saving=0")
     records = evaluate(EVALUATION, model, same, None, tmp_path, batch=10)
     assert "frechet_distance" not in records[0]
     assert records[1]["psnr"] is None  # equal pictures
@@ -190,28 +189,3 @@ def test_damaged_pictures_are_reported(tmp_path):
     (tmp_path / "x.npz").write_bytes(b"PK nonsense")
     with pytest.raises(AmskvError, match=r"is damaged .*remove it"):
         read_arrays(tmp_path / "x.npz")
-
-
-@pytest.mark.parametrize("name", list(BUDGETED))
-@pytest.mark.parametrize("saving", [0.5, 0.85])
-def test_policies_get_the_largest_budget_that_saves_enough(name, saving):
-    stats = make_stats(LARGE)
-    policy = policy_for_saving(BUDGETED[name], saving, LARGE.cache_shape, stats)
-    report = memory_report(policy.plan(LARGE.cache_shape, stats), LARGE.cache_shape)
-    assert saving <= report.saving(report.full) < saving + 0.03
-
-
-def test_a_saving_out_of_reach_says_why():
-    with pytest.raises(AmskvError, match=r"no budget saves 99\.9%.*protected scales need 5"):
-        policy_for_saving(BUDGETED["heads"], 0.999, LARGE.cache_shape, make_stats(LARGE))
-
-
-def test_requests_of_policies():
-    assert PolicyRequest.parse(" ams:0.787") == PolicyRequest("ams", 0.787)
-    assert str(PolicyRequest("ams", 0.787)) == "ams-78.7%"
-    assert PolicyRequest("window").policy(LARGE.cache_shape, None) == Window()
-    for text in ("full:0.5", "ams:most", "ams:1"):
-        with pytest.raises(UsageError, match="expected a policy other than full and a saving"):
-            PolicyRequest.parse(text)
-    with pytest.raises(UsageError, match="unknown policy 'lru': expected full, ams"):
-        PolicyRequest.parse("lru")

@@ -49,7 +49,7 @@ def options(files, out):
 
 
 def test_eval_command(amskv, files, tmp_path):
-    arguments = [*options(files, tmp_path), "--num", 66, "--policies", "full,window:0.75"]
+    arguments = [*options(files, tmp_path), "--num", 66, "--policies", "full,window:saving=0.75"]
     finished = amskv("eval", *arguments)
     assert (finished.code, finished.err) == (0, "")
     assert "Features of: classifier" in finished.out
@@ -65,7 +65,12 @@ def test_eval_command_refuses_what_cannot_work(amskv, files, tmp_path):
     for extra, message in {
         ("--num", "40"): "40 pictures are too few for a Frechet distance on 64 features",
         ("--num", "66", "--policies", "full,lru"): "unknown policy 'lru'",
-        ("--num", "66", "--policies", "ams:99"): "expected a policy other than full and a saving",
+        (
+            "--num",
+            "66",
+            "--policies",
+            "h2o:saving=99",
+        ): "saving '99': expected a share of at least 0 and below 1",
         ("--num", "66", "--classifier", files / "no.safetensors"): "cannot read the classifier",
         ("--num", "66", "--cfg", "nan"): "expected a finite number, not nan",
     }.items():

@@ -81,6 +81,7 @@ def test_policies_decide_what_the_sampler_keeps(pipe, policy):
     [
         ([], "no labels given: expected at least one of 0-9"),
         ([10], "unknown label 10: the model has classes 0-9"),
+        ([3, 10**20], f"unknown label {10**20}: the model has"),
         ([0, -1, 1000], "unknown label -1, 1000"),
         (list(range(10, 20)), "unknown label 10, 11, 12, 13, 14, ...: the model"),
         ([1.5], "type float64: expected a list of integers"),

@@ -21,6 +21,7 @@ from amskv_jax.cli import (
     train,
 )
 from amskv_jax.cli.console import print_error
+from amskv_jax.cli.policy import PolicyCommand
 from amskv_jax.errors import AmskvError, UsageError
 
 app = typer.Typer(
@@ -31,16 +32,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(analyze.analyze)
-app.command()(bench.bench)
+app.command(cls=PolicyCommand)(bench.bench)
 app.command()(calibrate.calibrate)
 app.add_typer(convert.app, name="convert")
-app.command("eval")(evaluate.evaluate)
+app.command("eval", cls=PolicyCommand)(evaluate.evaluate)
 app.command()(export.export)
 app.command()(info.info)
 app.command()(init.init)
 app.command()(pack.pack)
-app.command()(plan.plan)
-app.command()(sample.sample)
+app.command(cls=PolicyCommand)(plan.plan)
+app.command(cls=PolicyCommand)(sample.sample)
 app.add_typer(study.app, name="study")
 app.add_typer(train.app, name="train")
 

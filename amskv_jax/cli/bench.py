@@ -2,30 +2,20 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from amskv_jax.cli.console import make_console, print_line, progress
 from amskv_jax.cli.files import check_outputs, check_suffix
 from amskv_jax.cli.options import Attention, Dtype, ForceOption, StatsOption
-from amskv_jax.cli.policy import make_policy
-from amskv_jax.errors import UsageError
+from amskv_jax.cli.policy import PoliciesOption
 from amskv_jax.files import replacing
-
-if TYPE_CHECKING:
-    from amskv_jax.policies import Policy
 
 
 def bench(
     model: Annotated[str, typer.Option(help="Name of a known model, such as var-d30.")],
-    policies: Annotated[
-        str,
-        typer.Option(
-            help="Policies with their defaults, and plan files; ratios are to the first.",
-            metavar="full,ams,plan.json",
-        ),
-    ] = "full,ams",
+    policies: PoliciesOption = "full,ams",
     batch: Annotated[int, typer.Option(min=1, help="Pictures generated at once.")] = 1,
     dtype: Annotated[Dtype, typer.Option(help="Of weights, products and cache.")] = Dtype.BFLOAT16,
     repeats: Annotated[int, typer.Option(min=1, help="Timed calls; the median counts.")] = 3,
@@ -40,10 +30,15 @@ def bench(
     save: Annotated[Path | None, typer.Option(help="Write all numbers here (.json).")] = None,
     force: ForceOption = False,
 ) -> None:
-    """Compare speed and memory of policies on this machine; every one runs in a fresh process."""
+    """Compare speed and memory of policies on this machine; every one runs in a fresh process.
+
+    Ratios are to the first policy.
+    """
     check_suffix(save, {".json"})
     check_outputs(save, force=force)
-    arms = {name.strip(): _policy(name.strip()) for name in policies.split(",")}
+    from amskv_jax.policies.grammar import parse_policies  # noqa: PLC0415
+
+    requests = parse_policies(policies)
 
     import json  # noqa: PLC0415
 
@@ -57,10 +52,9 @@ def bench(
     found = configs.get(model).model
     pipe = Pipeline(found, None, found.schedule, dtype.value, found.drawing)
     statistics = LayerStats.load(stats) if stats else None
-    samplers = {
-        name: pipe.sampler(policy, stats=statistics, attention=attention.value)
-        for name, policy in arms.items()
-    }
+    geometry = pipe.geometry(batch)
+    plans = {one.text: one.plan(pipe.shape, geometry, statistics) for one in requests}
+    samplers = {name: pipe.sampler(plan, attention=attention.value) for name, plan in plans.items()}
     results: dict[str, dict[str, Any]] = {}
     with progress("measuring") as update:
         for index, (name, sampler) in enumerate(samplers.items()):
@@ -84,14 +78,6 @@ def bench(
         with replacing(save) as temporary:
             temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         print_line(f"wrote {save}")
-
-
-def _policy(name: str) -> "Policy":
-    if not name:
-        raise UsageError("--policies has an empty name: expected names such as full,ams")
-    if name.endswith(".json"):
-        return make_policy("explicit", {"path": name})
-    return make_policy(name, {})
 
 
 def _print(results: dict[str, dict[str, Any]]) -> None:

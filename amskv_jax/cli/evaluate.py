@@ -24,6 +24,7 @@ from amskv_jax.cli.options import (
     TopKOption,
     TopPOption,
 )
+from amskv_jax.cli.policy import PoliciesOption
 from amskv_jax.errors import UsageError
 from amskv_jax.files import replacing
 
@@ -42,13 +43,7 @@ class Features(StrEnum):
 def evaluate(
     checkpoint: CheckpointOption,
     out: Annotated[Path, typer.Option(help="Folder to write into; one there already goes on.")],
-    policies: Annotated[
-        str,
-        typer.Option(
-            help="Policies, each with the share it shall save of a bfloat16 cache of all scales.",
-            metavar="full,ams:0.787,...",
-        ),
-    ] = "full,ams",
+    policies: PoliciesOption = "full,ams",
     num: Annotated[int, typer.Option(min=1, help="Pictures per policy.")] = 10_000,
     features: Annotated[
         Features, typer.Option(help="Feature network; none: draw and compare with full only.")
@@ -84,10 +79,10 @@ def evaluate(
     from amskv_jax.evaluation.metrics import check_picture_count  # noqa: PLC0415
     from amskv_jax.pipeline import load  # noqa: PLC0415
     from amskv_jax.plan.stats import LayerStats  # noqa: PLC0415
-    from amskv_jax.policies.budgets import PolicyRequest  # noqa: PLC0415
+    from amskv_jax.policies.grammar import parse_policies  # noqa: PLC0415
     from amskv_jax.training.data import load_pictures  # noqa: PLC0415
 
-    requests = [PolicyRequest.parse(text) for text in policies.split(",")]
+    requests = parse_policies(policies)
     if compilation_cache:
         use_compilation_cache()
     classes = read_info(checkpoint).classes

@@ -1,7 +1,6 @@
 """Options which several commands have, and readers of their values."""
 
 import math
-import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +9,7 @@ import typer
 
 from amskv_jax.checkpoints.embedded import find_checkpoint, find_stats
 from amskv_jax.errors import UsageError
+from amskv_jax.words import read_ranges
 
 
 class Dtype(StrEnum):
@@ -66,7 +66,13 @@ StatsOption = Annotated[
     ),
 ]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
-SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of the random numbers.")]
+MAX_SEED = 2**32 - 1
+"""JAX takes 32 bits of a seed: a larger one would draw what a smaller one does."""
+
+SeedOption = Annotated[
+    int,
+    typer.Option("--seed", min=0, max=MAX_SEED, help="Seed of the random numbers, below 2**32."),
+]
 GuidanceOption = Annotated[
     float | None,
     typer.Option(
@@ -110,15 +116,7 @@ def parse_numbers(text: str, option: str) -> tuple[int, ...]:
     Raises:
       UsageError: if it is anything else.
     """
-    numbers: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(-?\d+)\s*(?:-\s*(\d+)\s*)?", part)
-        if not match:
-            raise UsageError(
-                f"{option} {text!r}: expected numbers and ranges such as 207,360 or 0-9"
-            )
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last < first:
-            raise UsageError(f"{option} {text!r}: the range {first}-{last} is empty")
-        numbers += range(first, last + 1)
-    return tuple(numbers)
+    try:
+        return read_ranges(text)
+    except ValueError as error:
+        raise UsageError(f"{option} {text!r}: {error}") from error

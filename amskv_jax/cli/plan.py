@@ -1,5 +1,6 @@
 """``amskv plan``: what a policy keeps and what it costs, without weights."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,19 +10,18 @@ from amskv_jax.checkpoints.embedded import find_checkpoint
 from amskv_jax.cli.console import print_line, progress
 from amskv_jax.cli.files import check_outputs, check_suffix
 from amskv_jax.cli.options import Dtype, ForceOption, StatsOption, check_finite
-from amskv_jax.cli.policy import WithinBytes, plan_for, takes_policy
+from amskv_jax.cli.policy import PlanFileOption, PolicyOption, choose_policy
 from amskv_jax.errors import UsageError
 from amskv_jax.files import replacing
 
 if TYPE_CHECKING:
-    from amskv_jax.models.var.config import VARConfig
-    from amskv_jax.policies import Policy
+    from amskv_jax.pipeline import Pipeline
 
 
-@takes_policy
 def plan(
     *,
-    policy: "Policy | WithinBytes",
+    policy: PolicyOption = None,
+    plan_file: PlanFileOption = None,
     model: Annotated[
         str | None, typer.Option(help="Name of a known model, such as var-d30.")
     ] = None,
@@ -53,21 +53,23 @@ def plan(
     """Show which scales every layer keeps at every step, and the memory this takes."""
     check_suffix(plot, {".png", ".svg", ".pdf"})
     check_outputs(save, plot, force=force)
+    request = choose_policy(policy, plan_file)
 
     from amskv_jax.cli.tables import print_memory, print_plan  # noqa: PLC0415
     from amskv_jax.plan.stats import LayerStats  # noqa: PLC0415
     from amskv_jax.policies import AMSKV, Full  # noqa: PLC0415
     from amskv_jax.reports.plots import save_plan_plot  # noqa: PLC0415
 
-    config, fingerprint = _model(model, checkpoint)
-    shape, rows = config.cache_shape, 1 if cfg == 0 else 2
-    statistics = LayerStats.load(stats, fingerprint) if stats else None
-    made = plan_for(policy, shape, batch, dtype.value, statistics, rows)
+    pipe = _pipeline(model, checkpoint, dtype.value)
+    drawing = pipe.drawing if cfg is None else replace(pipe.drawing, cfg=cfg)
+    shape, geometry = pipe.shape, pipe.geometry(batch, drawing)
+    statistics = LayerStats.load(stats, pipe.fingerprint or None) if stats else None
+    made = request.plan(shape, geometry, statistics)
     plans = {"this plan": made}
-    if policy != AMSKV():
+    if request.policy != AMSKV() or request.max_bytes is not None:
         plans = {"AMS-KV with its defaults": AMSKV().plan(shape)} | plans
     print_plan(made)
-    print_memory(plans, shape, batch, dtype.value, rows)
+    print_memory(plans, geometry, batch, dtype.value)
     if save:
         with replacing(save) as temporary:
             temporary.write_text(made.to_json(), encoding="utf-8")
@@ -80,15 +82,17 @@ def plan(
         print_line(f"wrote {plot}")
 
 
-def _model(model: str | None, checkpoint: Path | None) -> "tuple[VARConfig, str | None]":
-    """Return the model's shape, and the fingerprint of its weights where it has any."""
+def _pipeline(model: str | None, checkpoint: Path | None, dtype: str) -> "Pipeline":
+    """Return the model without its weights."""
+    from amskv_jax.pipeline import Pipeline  # noqa: PLC0415
+
     if model is not None and checkpoint is None:
         from amskv_jax import configs  # noqa: PLC0415
 
-        return configs.get(model).model.parts["transformer"], None
+        found = configs.get(model).model
+        return Pipeline(found, None, found.schedule, dtype, found.drawing)
     if checkpoint is not None and model is None:
         from amskv_jax.checkpoints.folder import read_info  # noqa: PLC0415
 
-        info = read_info(checkpoint)
-        return info.model.transformer, info.fingerprint
+        return Pipeline.of(read_info(checkpoint), None, dtype)
     raise UsageError("give either --model or --checkpoint")

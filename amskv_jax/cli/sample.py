@@ -24,7 +24,7 @@ from amskv_jax.cli.options import (
     TopPOption,
     parse_numbers,
 )
-from amskv_jax.cli.policy import WithinBytes, plan_for, takes_policy
+from amskv_jax.cli.policy import PlanFileOption, PolicyOption, choose_policy
 from amskv_jax.files import replacing
 
 if TYPE_CHECKING:
@@ -34,21 +34,26 @@ if TYPE_CHECKING:
     from amskv_jax.models.guidance import Drawing
     from amskv_jax.models.protocol import Conditions
     from amskv_jax.pipeline import Pipeline
-    from amskv_jax.policies import Policy
 
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
-@takes_policy
 def sample(
     *,
-    policy: "Policy | WithinBytes",
+    policy: PolicyOption = None,
+    plan_file: PlanFileOption = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            help="Policies to draw with first, beside --policy. With neither --checkpoint nor a "
+            "policy: --policy ams --compare full.",
+            metavar="full,...",
+        ),
+    ] = None,
     checkpoint: Annotated[
         Path | None,
         typer.Option(
-            help="Folder, packed file, or embedded model. If not given, the embedded var-cifar10 "
-            "draws with the full cache and, beside it, with the policy (ams unless another is "
-            "named)."
+            help="Folder, packed file, or embedded model; the embedded var-cifar10 if not given."
         ),
     ] = None,
     labels: Annotated[
@@ -91,6 +96,9 @@ def sample(
     check_suffix(save_tokens, {".npz"})
     check_outputs(out, save_tokens, force=force)
     numbers = None if labels is None else parse_numbers(labels, "--labels")
+    if (checkpoint, policy, plan_file, compare) == (None, None, None, None):
+        policy, compare = "ams", "full"
+    request = choose_policy(policy, plan_file)
 
     import jax  # noqa: PLC0415
     import numpy as np  # noqa: PLC0415
@@ -100,15 +108,15 @@ def sample(
     from amskv_jax.cli.tables import print_memory, print_plan  # noqa: PLC0415
     from amskv_jax.drawing import Chosen  # noqa: PLC0415
     from amskv_jax.pipeline import Pipeline, load  # noqa: PLC0415
-    from amskv_jax.plan.memory import CacheGeometry, MemoryReport  # noqa: PLC0415
+    from amskv_jax.plan.memory import MemoryReport  # noqa: PLC0415
     from amskv_jax.plan.stats import LayerStats  # noqa: PLC0415
-    from amskv_jax.policies import AMSKV, Full  # noqa: PLC0415
+    from amskv_jax.policies.grammar import parse_policies  # noqa: PLC0415
     from amskv_jax.reports.sheet import contact_sheet, side_by_side  # noqa: PLC0415
     from amskv_jax.words import byte_size  # noqa: PLC0415
 
     if compilation_cache:
         use_compilation_cache()
-    compare = checkpoint is None
+    others = parse_policies(compare) if compare else []
     place = find_checkpoint(checkpoint)
     info = read_info(place)
     pipe = Pipeline.of(info, None, dtype.value if dtype else None)
@@ -123,26 +131,24 @@ def sample(
     drawing = replace(pipe.drawing, top_k=top_k, top_p=top_p, more_smooth=more_smooth)
     if cfg is not None:
         drawing = replace(drawing, cfg=cfg)
-    if compare and policy == Full():
-        policy = AMSKV()
-    shape = pipe.shape
-    plan = plan_for(policy, shape, batch, pipe.dtype, statistics)
-    plans = {plan.note.partition(":")[0]: plan}
-    if compare:
-        plans = {"full cache": pipe.plan(Full()), **plans}
+    shape, geometry = pipe.shape, pipe.geometry(batch, drawing)
+    plans = [one.plan(shape, geometry, statistics) for one in (*others, request)]
+    titles = [plan.note.partition(":")[0] for plan in plans]
+    if len(set(titles)) < len(titles):
+        titles = [one.text for one in (*others, request)]
     samplers = {
-        name: pipe.sampler(own, drawing, attention=attention.value) for name, own in plans.items()
+        title: pipe.sampler(plan, drawing, attention=attention.value)
+        for title, plan in zip(titles, plans, strict=True)
     }
-    backend = choose_implementation(attention.value, pipe.dtype, pipe.shape.head_dim)
+    backend = choose_implementation(attention.value, pipe.dtype, shape.head_dim)
     device = jax.devices()[0]
-    print_plan(plan)
-    print_memory({"this plan": plan}, shape, batch, pipe.dtype)
+    print_plan(plans[-1])
+    print_memory({"this plan": plans[-1]}, geometry, batch, pipe.dtype)
     print_line(f"{pipe.dtype} on {device.device_kind} ({device.platform}), attention {backend}")
 
     with progress("loading weights"):
         pipe = load(place, pipe.dtype)
     captions = conditions.captions(pipe.classes)
-    geometry = CacheGeometry.of(shape, batch, pipe.dtype)
     panels = {}
     for name, sampler in samplers.items():
         tokens, pictures, seconds = _draw(pipe, sampler, conditions, drawing, seed, batch)
@@ -150,8 +156,8 @@ def sample(
         drawn = f"{count} picture{'s'[: count > 1]} in {seconds:.2f} s"
         heading = f"{name}: cache of {size}, {drawn}"
         print_line(f"{heading}: {count / seconds:.2f} per second")
-        panels[heading] = contact_sheet(pictures, captions, num_per_label * (5 if compare else 1))
-        sheet = side_by_side(panels) if compare else panels[heading]
+        panels[heading] = contact_sheet(pictures, captions, num_per_label * (5 if others else 1))
+        sheet = side_by_side(panels) if others else panels[heading]
         with replacing(out) as temporary:  # after every panel, as the next one takes its time
             sheet.save(temporary)
     print_line(f"wrote {out}")

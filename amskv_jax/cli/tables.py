@@ -9,7 +9,6 @@ from rich.table import Table
 from amskv_jax.cli.console import make_console, print_line
 from amskv_jax.plan.memory import CacheGeometry, MemoryReport
 from amskv_jax.plan.retention import RetentionPlan, layers_by_row
-from amskv_jax.plan.shape import CacheShape
 from amskv_jax.words import byte_size, decimal, number_ranges
 
 
@@ -35,25 +34,21 @@ def print_plan(plan: RetentionPlan) -> None:
 
 
 def print_memory(
-    plans: Mapping[str, RetentionPlan],
-    shape: CacheShape,
-    batch: int,
-    dtype: str,
-    rows_per_picture: int = 2,
+    plans: Mapping[str, RetentionPlan], geometry: CacheGeometry, batch: int, dtype: str
 ) -> None:
     """Print the bytes of caches beside those of the baselines.
 
     Args:
       plans: name -> plan of this model.
-      shape: of the model's cache.
+      geometry: of the batch.
       batch: pictures generated at once.
       dtype: "float32" or "bfloat16", of the cache.
       rows_per_picture: 2 with guidance, 1 without.
     """
-    geometry = CacheGeometry.of(shape, batch, dtype, rows_per_picture)
+    unguided = geometry.rows == batch
     reports = {name: MemoryReport.of(plan, geometry) for name, plan in plans.items()}
     baseline = next(iter(reports.values()))
-    scales = f"all {shape.schedule.num_scales} scales"
+    scales = f"all {next(iter(plans.values())).schedule.num_scales} scales"
     table = Table(box=SIMPLE_HEAD)
     table.add_column("cache")
     for column in ("size", "saved of reference", f"saved of {scales}"):
@@ -67,14 +62,14 @@ def print_memory(
     for name, size in sizes.items():
         savings = [1 - size / other for other in (baseline.reference, baseline.full)]
         table.add_row(name, byte_size(size), *(f"{saving:.1%}" for saving in savings))
-    guided = "with guidance" if rows_per_picture > 1 else "without guidance (one row per picture)"
+    guided = "without guidance (one row per picture)" if unguided else "with guidance"
     print_line(f"Key/value cache for {batch} picture{'s'[: batch > 1]}, {guided}:")
     make_console().print(table)
     print_line(
         f"The reference holds {scales}, keys in float32, values in half precision. "
         "No step reads the last scale, so it is never stored here."
     )
-    if rows_per_picture == 1:
+    if unguided:
         print_line("The reference draws two rows per picture all the same; here it is given one.")
 
 

@@ -74,18 +74,19 @@ class Comparison:
         return stats
 
     def describe(self, plan: RetentionPlan, model: Pipeline, dtype: str) -> Record:
-        """Return what a record says of a plan's cache in a dtype, of one picture with guidance.
+        """Return what a record says of a plan's cache in a dtype, of one picture.
 
         Savings count against a cache of all scales in the comparison's dtype.
         """
-        report = memory_report(plan, model.shape, dtype)
+        rows = model.model.guidance(self.drawing(model)).rows_per_picture
+        report = memory_report(plan, model.shape, dtype, rows)
         return {
             "note": plan.note,
             "dtype": dtype,
             "num": self.num,
             "device": jax.devices()[0].device_kind,
             "cache_bytes": report.plan,
-            "saving": report.saving(memory_report(plan, model.shape, self.dtype).full),
+            "saving": report.saving(memory_report(plan, model.shape, self.dtype, rows).full),
         }
 
 

@@ -22,7 +22,7 @@ from amskv_jax.evaluation.results import Record, read_arrays, write_arrays
 from amskv_jax.generate import Sampler
 from amskv_jax.pipeline import Pipeline
 from amskv_jax.plan.stats import LayerStats
-from amskv_jax.policies.budgets import PolicyRequest
+from amskv_jax.policies.grammar import PolicyRequest
 
 Update = Callable[[str, float], object]
 """Takes what is being done and the share that is done."""
@@ -83,12 +83,11 @@ def evaluate(
         raise UsageError(f"the model is in {model.dtype}, expected {evaluation.dtype}")
     directory = Path(directory)
     results = open_folder(directory, evaluation, model, judge)
-    if stats is None and any(request.needs_stats for request in requests):
+    if stats is None and any(request.policy.uses_stats for request in requests):
         path = directory / "stats.npz"
         stats = evaluation.stats(path, model, lambda line: update(line, 0.0))
-    plans = {
-        str(request): model.plan(request.policy(model.shape, stats), stats) for request in requests
-    }
+    geometry = model.geometry(batch, evaluation.drawing(model))
+    plans = {request.name: request.plan(model.shape, geometry, stats) for request in requests}
     labels = model.conditions(None).classes(np.arange(evaluation.num))
     for name, plan in plans.items():
         if name in results.records:

@@ -21,7 +21,7 @@ VERSION = 1
 TOP_COUNTS = (1, 4, 16, 64, 256)
 """Numbers of keys K' whose share of the attention to the history calibration measures."""
 
-_UNREADABLE = (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
+_UNREADABLE = (ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
 _ARRAYS = ("similarity", "cosine", "head_density", "history_top")
 
 
@@ -184,8 +184,13 @@ class LayerStats:
         try:
             with open(path, "rb") as file, np.load(file, allow_pickle=False) as content:
                 stored = {name: content[name] for name in content.files}
-        except _UNREADABLE as error:
+        except OSError as error:
             raise AmskvError(f"cannot read the layer statistics {path}: {error}") from error
+        except _UNREADABLE as error:  # NumPy's message advises to load the file unsafely
+            raise AmskvError(
+                f"cannot read the layer statistics {path}: this is no .npz file, or a damaged one; "
+                "write it again with `amskv calibrate`"
+            ) from error
         if str(stored.get("format")) != FORMAT:
             raise AmskvError(f"{path} holds no layer statistics: write them with `amskv calibrate`")
         if str(stored.get("version")) != str(VERSION):

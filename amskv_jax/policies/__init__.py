@@ -2,6 +2,7 @@
 
 from amskv_jax.errors import UsageError
 from amskv_jax.policies.ams import AMSKV
+from amskv_jax.policies.ams_online import OnlineAMSKV
 from amskv_jax.policies.base import Policy
 from amskv_jax.policies.explicit import Explicit
 from amskv_jax.policies.full import Full
@@ -13,6 +14,7 @@ from amskv_jax.policies.window import Sink, Window
 REGISTRY: dict[str, type[Policy]] = {
     "full": Full,
     "ams": AMSKV,
+    "ams-online": OnlineAMSKV,
     "window": Window,
     "sink": Sink,
     "h2o": H2O,
@@ -20,7 +22,7 @@ REGISTRY: dict[str, type[Policy]] = {
     "heads": Heads,
     "explicit": Explicit,
 }
-"""Name on the command line -> policy."""
+"""Name on the command line -> policy. What is registered here is known to every command."""
 
 
 def policy_class(name: str) -> type[Policy]:
@@ -38,6 +40,7 @@ __all__ = [
     "Explicit",
     "Full",
     "Heads",
+    "OnlineAMSKV",
     "Policy",
     "ScaleKV",
     "Sink",

@@ -11,10 +11,9 @@ import numpy as np
 from amskv_jax.errors import AmskvError, UsageError
 from amskv_jax.plan.retention import RetentionPlan
 from amskv_jax.plan.rows import StaticRow
-from amskv_jax.plan.runtime_rows import OnlineRow
 from amskv_jax.plan.shape import CacheShape
 from amskv_jax.plan.stats import LayerStats
-from amskv_jax.policies.base import CONDENSED, default_capacities, first_third
+from amskv_jax.policies.base import CONDENSED, Policy, default_capacities, first_third
 from amskv_jax.policies.theta import automatic_theta
 from amskv_jax.policies.walk import adaptive_walk, distinct_capacities
 from amskv_jax.schedule import ScaleSchedule
@@ -45,7 +44,7 @@ class Classes(NamedTuple):
 
 
 @dataclass(frozen=True)
-class AMSKV:
+class AMSKV(Policy):
     """Keeps the condensed (coarsest) and the local (latest) scales, more in demanding layers.
 
     Adaptive multi-scale KV caching, arXiv 2511.16047. A layer starts with C_min tokens. When a
@@ -60,15 +59,12 @@ class AMSKV:
       demanding_layers: the cache-demanding layers; if not given, they follow from the calibrated
         similarities and ``theta``, and without those the first third of the layers is taken.
       theta: similarity below which a layer is demanding; if not given, see ``automatic_theta``.
-      target_saving: share to save of a cache of all scales in the same dtype ("bf16-full"), 0 to
-        1; the capacities which are not given are chosen to meet it, see ``fit``.
-      max_tokens: the same, as the most tokens which all layers together may hold; see
-        ``memory.CacheGeometry.tokens`` for how many fit in a number of bytes.
+      saving: share to save of a cache of all scales in the same dtype, 0 to 1; the capacities which
+        are not given are chosen to meet it, see ``fit``.
+      max_tokens: the same, as the most tokens which all layers together may hold.
       allocation: "similarity" gives C_max to the demanding layers only (S2 in the paper's table
         2); "uniform" spreads the same sum of capacities evenly over all layers (S1). As only whole
         scales are kept, the uniform plan may hold fewer tokens than its capacity.
-      online: decide while drawing, from the keys of the pictures themselves, instead of beforehand;
-        saves no memory, see ``online``.
 
     Raises:
       UsageError: if C_max is below C_min, options exclude each other, or one is out of range.
@@ -79,10 +75,9 @@ class AMSKV:
     condensed: int = CONDENSED
     demanding_layers: tuple[int, ...] | None = None
     theta: float | None = None
-    target_saving: float | None = None
+    saving: float | None = None
     max_tokens: int | None = None
     allocation: Literal["similarity", "uniform"] = "similarity"
-    online: bool = False
 
     def __post_init__(self) -> None:
         if self.condensed < 0:
@@ -93,28 +88,26 @@ class AMSKV:
             )
         if self.theta is not None and isnan(self.theta):
             raise UsageError("theta must be a number, not NaN")
-        if self.target_saving is not None and not 0 <= self.target_saving <= 1:
-            raise UsageError(
-                f"the target saving must lie between 0 and 1, not {self.target_saving}"
-            )
+        if self.saving is not None and not 0 <= self.saving <= 1:
+            raise UsageError(f"the saving must lie between 0 and 1, not {self.saving}")
         if self.max_tokens is not None and self.max_tokens < 0:
             raise UsageError(f"the cache must hold 0 or more tokens, not {self.max_tokens}")
-        if None not in (self.target_saving, self.max_tokens):
-            raise UsageError("give either a target saving or the most tokens to hold, not both")
+        if None not in (self.saving, self.max_tokens):
+            raise UsageError("give either a saving or the most tokens or bytes to hold, not both")
         if self.allocation not in ("similarity", "uniform"):
             raise UsageError(
                 f"unknown allocation {self.allocation!r}: expected similarity or uniform"
             )
-        if self.online and (
-            (self.demanding_layers, self.target_saving, self.max_tokens) != (None, None, None)
-            or self.allocation == "uniform"
-        ):
-            raise UsageError(
-                "the online variant decides while it draws: give it capacities and theta, and "
-                "neither demanding layers nor a target saving, nor a most number of tokens, nor "
-                "a uniform allocation"
-            )
         _check_capacities(self.c_min, self.c_max)
+
+    @property
+    def uses_stats(self) -> bool:
+        """See ``Policy.uses_stats``."""
+        return self.demanding_layers is None
+
+    def with_max_tokens(self, max_tokens: int) -> Policy:
+        """Return this policy with capacities that hold at most so many tokens; see ``fit``."""
+        return replace(self, max_tokens=max_tokens)
 
     def plan(self, shape: CacheShape, stats: LayerStats | None = None) -> RetentionPlan:
         """Return the plan; see ``Policy.plan``."""
@@ -126,14 +119,9 @@ class AMSKV:
             plan = self.fit(shape, max_tokens, stats).plan(shape, stats)
             return replace(plan, note=f"{plan.note}; capacities fitted to {aim}")
         schedule, num_layers = shape.schedule, shape.num_layers
-        c_min, c_max = self._capacities(schedule)
+        c_min, c_max = self.capacities(schedule)
         note = f"AMS-KV: C_min {c_min}, C_max {c_max}, condensed {self.condensed}"
         overflows = adaptive_walk(schedule, c_min, c_min, self.condensed).overflows
-        if self.online:
-            theta, how = self._online_theta(overflows, stats)
-            row = OnlineRow(schedule.tokens, c_min, c_max, self.condensed, theta)
-            note += f"; {how}; layers are classified while drawing"
-            return RetentionPlan(schedule, (row,) * num_layers, note)
         expansions, how = self._expansions(num_layers, overflows, stats)
         note += f"; {how}"
         if self.allocation == "uniform":
@@ -154,20 +142,20 @@ class AMSKV:
         shape = stats.shape
         budget = self._budget(shape)
         fixed = self if budget is None else self.fit(shape, budget[0], stats)
-        c_min, _ = fixed._capacities(shape.schedule)
+        c_min, _ = fixed.capacities(shape.schedule)
         overflows = adaptive_walk(shape.schedule, c_min, c_min, self.condensed).overflows
         return self._classes(overflows, stats)
 
     def _budget(self, shape: CacheShape) -> tuple[int, str] | None:
         """Return the most tokens that all layers may hold, and a phrase on why, if that is set."""
-        if self.target_saving is not None:
-            kept = shape.schedule.total * shape.num_layers * (1 - self.target_saving)
-            return floor(kept + 1e-6), f"save {self.target_saving:.1%}"
+        if self.saving is not None:
+            kept = shape.schedule.total * shape.num_layers * (1 - self.saving)
+            return floor(kept + 1e-6), f"save {self.saving:.1%}"
         if self.max_tokens is not None:
             return self.max_tokens, f"hold at most {self.max_tokens} tokens in all layers"
         return None
 
-    def _capacities(self, schedule: ScaleSchedule) -> tuple[int, int]:
+    def capacities(self, schedule: ScaleSchedule) -> tuple[int, int]:
         """Return C_min and C_max, of which what is not given is the default or near it."""
         c_min, c_max = default_capacities(schedule, self.condensed)
         if self.c_min is not None:
@@ -201,13 +189,6 @@ class AMSKV:
             for similarity in stats.similarity
         )
         return Classes(theta, how, tuple(overflows), lowest, expansions)
-
-    def _online_theta(self, overflows: list[int], stats: LayerStats | None) -> tuple[float, str]:
-        if stats is not None:
-            return self._classes(overflows, stats)[:2]
-        if self.theta is None:
-            raise UsageError("the online variant needs theta, or a calibration run to find it")
-        return self.theta, f"theta {self.theta:.6g} as given"
 
     def _expansions(
         self, num_layers: int, overflows: list[int], stats: LayerStats | None
@@ -280,9 +261,7 @@ class AMSKV:
                     total += layers * max(sum(tokens[j] for j in scales) for scales in held)
                 smallest = min(total, smallest)
                 if total <= max_tokens and (kept, -total) > best_value:
-                    best = replace(
-                        self, c_min=c_min, c_max=c_max, target_saving=None, max_tokens=None
-                    )
+                    best = replace(self, c_min=c_min, c_max=c_max, saving=None, max_tokens=None)
                     best_value = kept, -total
         if best is None:
             everything = schedule.total * num_layers

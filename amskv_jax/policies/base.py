@@ -1,6 +1,6 @@
 """What every policy is, and the budgets which they share when none is given."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from amskv_jax.plan.retention import RetentionPlan
 from amskv_jax.plan.shape import CacheShape
@@ -12,10 +12,42 @@ CONDENSED = 2
 
 
 class Policy(Protocol):
-    """Decides what the cache keeps: a frozen dataclass whose fields are the policy's options."""
+    """Decides what the cache keeps: a frozen dataclass whose fields are the policy's options.
+
+    Its docstring is its help on the command line: what it keeps, the paper, its attributes. One
+    that has a budget is ``Budgeted`` besides.
+    """
+
+    @property
+    def uses_stats(self) -> bool:
+        """Whether what is kept follows from a calibration, so that statistics are wanted."""
+        return False
 
     def plan(self, shape: CacheShape, stats: LayerStats | None = None) -> RetentionPlan:
         """Return the plan for a model; raises AmskvError if the options do not fit it."""
+        ...
+
+
+@runtime_checkable
+class Budgeted(Protocol):
+    """A policy with a budget, which "saving" and "bytes" solve for; see ``budgets``."""
+
+    def with_budget(self, tokens: int, shape: CacheShape) -> Policy:
+        """Return this policy with a budget, so that the bytes of its cache grow with it.
+
+        Args:
+          tokens: mean over the layers, from 0 to all tokens of the schedule.
+          shape: of the model's cache.
+        """
+        ...
+
+
+@runtime_checkable
+class Fitted(Protocol):
+    """A policy which finds its options for a number of tokens by itself."""
+
+    def with_max_tokens(self, max_tokens: int) -> Policy:
+        """Return this policy, told the most tokens that all layers together may hold."""
         ...
 
 

@@ -6,10 +6,11 @@ from amskv_jax.errors import AmskvError
 from amskv_jax.plan.retention import RetentionPlan
 from amskv_jax.plan.shape import CacheShape
 from amskv_jax.plan.stats import LayerStats
+from amskv_jax.policies.base import Policy
 
 
 @dataclass(frozen=True)
-class Explicit:
+class Explicit(Policy):
     """Keeps what a plan file says.
 
     Attributes:

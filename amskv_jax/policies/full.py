@@ -6,10 +6,11 @@ from amskv_jax.plan.retention import RetentionPlan
 from amskv_jax.plan.rows import StaticRow
 from amskv_jax.plan.shape import CacheShape
 from amskv_jax.plan.stats import LayerStats
+from amskv_jax.policies.base import Policy
 
 
 @dataclass(frozen=True)
-class Full:
+class Full(Policy):
     """Keeps every scale that a later one can see (VAR, arXiv 2404.02905)."""
 
     def plan(self, shape: CacheShape, stats: LayerStats | None = None) -> RetentionPlan:

@@ -1,6 +1,6 @@
 """H2O: heavy hitters and recent tokens, chosen at run time."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from amskv_jax.errors import UsageError
 from amskv_jax.plan.retention import RetentionPlan
@@ -8,11 +8,11 @@ from amskv_jax.plan.runtime_rows import SelectingRow
 from amskv_jax.plan.selectors import HeavyHitters
 from amskv_jax.plan.shape import CacheShape
 from amskv_jax.plan.stats import LayerStats
-from amskv_jax.policies.base import default_budget
+from amskv_jax.policies.base import Policy, default_budget
 
 
 @dataclass(frozen=True)
-class H2O:
+class H2O(Policy):
     """Keeps the tokens which received most attention so far, and the latest ones, per head.
 
     Heavy-hitter oracle, arXiv 2306.14048; all layers have the same budget.
@@ -33,6 +33,10 @@ class H2O:
             raise UsageError(f"the budget must be 0 or more tokens, not {self.budget}")
         if not 0 <= self.recent <= 1:
             raise UsageError(f"the recent share must lie between 0 and 1, not {self.recent}")
+
+    def with_budget(self, tokens: int, shape: CacheShape) -> Policy:
+        """Return this policy with a budget; see ``Budgeted.with_budget``."""
+        return replace(self, budget=tokens)
 
     def plan(self, shape: CacheShape, stats: LayerStats | None = None) -> RetentionPlan:
         """Return the plan; see ``Policy.plan``."""

@@ -1,6 +1,6 @@
 """Per-head plans: every head keeps the scales which it attends to."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -9,12 +9,12 @@ from amskv_jax.plan.retention import RetentionPlan
 from amskv_jax.plan.rows import HeadRow, StaticRow
 from amskv_jax.plan.shape import CacheShape
 from amskv_jax.plan.stats import LayerStats
-from amskv_jax.policies.base import default_budget
+from amskv_jax.policies.base import Policy, default_budget
 from amskv_jax.schedule import ScaleSchedule
 
 
 @dataclass(frozen=True)
-class Heads:
+class Heads(Policy):
     """Keeps, per head, the scales with the most calibrated attention per token.
 
     After the idea of HeatKV, arXiv 2605.14877: a static schedule of (head, scale) blocks. A block
@@ -44,6 +44,15 @@ class Heads:
             raise UsageError(f"protected must be 0 or more scales, not {self.protected}")
         if self.patterns < 1:
             raise UsageError(f"the patterns must be 1 or more, not {self.patterns}")
+
+    @property
+    def uses_stats(self) -> bool:
+        """See ``Policy.uses_stats``."""
+        return True
+
+    def with_budget(self, tokens: int, shape: CacheShape) -> Policy:
+        """Return this policy with a budget; see ``Budgeted.with_budget``."""
+        return replace(self, budget=tokens)
 
     def plan(self, shape: CacheShape, stats: LayerStats | None = None) -> RetentionPlan:
         """Return the plan; see ``Policy.plan``."""

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from amskv_jax.plan.runtime_rows import SelectingRow
 from amskv_jax.plan.selectors import Mode, WindowScores
 from amskv_jax.plan.shape import CacheShape
 from amskv_jax.plan.stats import LayerStats
-from amskv_jax.policies.base import default_budget
+from amskv_jax.policies.base import Policy, default_budget
 from amskv_jax.schedule import ScaleSchedule
 
 LARGEST_WINDOW = 16
@@ -22,7 +22,7 @@ LARGEST_WINDOW = 16
 
 
 @dataclass(frozen=True)
-class ScaleKV:
+class ScaleKV(Policy):
     """Keeps, per head, the tokens that a window of the current map attends to most.
 
     Scale-aware KV cache compression, arXiv 2505.19602. At every scale whose full cache would exceed
@@ -81,6 +81,15 @@ class ScaleKV:
                 "the refiners' shares must shrink between 1 and 0, "
                 f"not go from {self.refiners_first} to {self.refiners_last}"
             )
+
+    @property
+    def uses_stats(self) -> bool:
+        """See ``Policy.uses_stats``."""
+        return self.budget_file is None
+
+    def with_budget(self, tokens: int, shape: CacheShape) -> Policy:
+        """Return this policy with a budget; see ``Budgeted.with_budget``."""
+        return replace(self, budget=tokens)
 
     def plan(self, shape: CacheShape, stats: LayerStats | None = None) -> RetentionPlan:
         """Return the plan; see ``Policy.plan``."""

@@ -1,6 +1,6 @@
 """Sliding window and attention sink: the token-level baselines."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -9,12 +9,12 @@ from amskv_jax.plan.retention import RetentionPlan
 from amskv_jax.plan.rows import StaticRow
 from amskv_jax.plan.shape import CacheShape
 from amskv_jax.plan.stats import LayerStats
-from amskv_jax.policies.base import default_budget
+from amskv_jax.policies.base import Policy, default_budget
 from amskv_jax.schedule import ScaleSchedule
 
 
 @dataclass(frozen=True)
-class Window:
+class Window(Policy):
     """Keeps the latest tokens of the sequence (sliding window attention, arXiv 2004.05150).
 
     Attributes:
@@ -30,6 +30,10 @@ class Window:
         if self.window is not None and self.window < 0:
             raise UsageError(f"the window must be 0 or more tokens, not {self.window}")
 
+    def with_budget(self, tokens: int, shape: CacheShape) -> Policy:
+        """Return this policy with a budget; see ``Budgeted.with_budget``."""
+        return replace(self, window=tokens)
+
     def plan(self, shape: CacheShape, stats: LayerStats | None = None) -> RetentionPlan:
         """Return the plan; see ``Policy.plan``."""
         window = default_budget(shape) if self.window is None else self.window
@@ -39,7 +43,7 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Sink:
+class Sink(Policy):
     """Keeps the first and the latest tokens (attention sink, StreamingLLM, arXiv 2309.17453).
 
     Attributes:
@@ -57,6 +61,10 @@ class Sink:
         for name, tokens in (("sink", self.sink), ("window", self.window)):
             if tokens is not None and tokens < 0:
                 raise UsageError(f"the {name} must be 0 or more tokens, not {tokens}")
+
+    def with_budget(self, tokens: int, shape: CacheShape) -> Policy:
+        """Return this policy with a budget; see ``Budgeted.with_budget``."""
+        return replace(self, window=max(0, tokens - self.sink))
 
     def plan(self, shape: CacheShape, stats: LayerStats | None = None) -> RetentionPlan:
         """Return the plan; see ``Policy.plan``."""

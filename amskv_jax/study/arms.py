@@ -56,7 +56,7 @@ def full_arm(dtype: str) -> Arm:
 
 
 @dataclass(frozen=True)
-class DropScales:
+class DropScales(Policy):
     """The policy that never caches these scales, and keeps all others to the end."""
 
     scales: tuple[int, ...]

@@ -8,14 +8,21 @@ import numpy as np
 
 from amskv_jax.plan.shape import CacheShape
 from amskv_jax.plan.stats import LayerStats
+from amskv_jax.policies import REGISTRY
 from amskv_jax.policies.ams import AMSKV
-from amskv_jax.policies.base import Policy
-from amskv_jax.policies.budgets import BUDGETED, policy_for_saving
+from amskv_jax.policies.base import Budgeted, Policy
+from amskv_jax.policies.budgets import with_saving
 from amskv_jax.policies.full import Full
+from amskv_jax.policies.heads import Heads
 from amskv_jax.study.arms import FULL, Arm, Choose, DropScales, capacities
 from amskv_jax.study.section import Arms, Section
 from amskv_jax.study.summary import ALLOWED_LOSS, StudyResults
 from amskv_jax.study.tables import grid_table
+
+BUDGETED: dict[str, Policy] = {
+    name: policy() for name, policy in REGISTRY.items() if issubclass(policy, Budgeted)
+} | {"heads": Heads(patterns=4)}
+"""Policies that are compared at equal savings. More sets of heads would compile for minutes."""
 
 
 class Dropped(Section):
@@ -134,7 +141,7 @@ class Savings(Section):
 
     def _arms(self, shape: CacheShape, dtype: str) -> Iterator[Arm]:
         for saving in (0.70, 0.787, 0.848, 0.90):
-            policy = AMSKV(target_saving=saving)
+            policy = AMSKV(saving=saving)
             yield self.arm(dtype, f"ams {saving:.1%}", "ams", policy, target=saving)
 
     def _finding(self, results: StudyResults, arms: Arms) -> list[str]:
@@ -154,9 +161,9 @@ class Policies(Section):
 
     def _arms(self, shape: CacheShape, dtype: str) -> Iterator[Arm]:
         for saving in (0.50, 0.75, 0.85):
-            ways: dict[str, Policy | Choose] = {"ams": AMSKV(target_saving=saving)}
+            ways: dict[str, Policy | Choose] = {"ams": AMSKV(saving=saving)}
             ways |= {
-                name: partial(policy_for_saving, make, saving) for name, make in BUDGETED.items()
+                name: partial(with_saving, policy, saving) for name, policy in BUDGETED.items()
             }
             for name, choose in ways.items():
                 yield self.arm(dtype, f"{name} {saving:.0%}", name, choose, target=saving)
@@ -254,7 +261,7 @@ class Numbers(Section):
     def _arms(self, shape: CacheShape, dtype: str) -> Iterator[Arm]:
         other = "float32" if dtype == "bfloat16" else "bfloat16"
         yield self.arm(other, f"full {other}", FULL, Full())
-        yield self.arm(other, f"ams 78.7% {other}", "ams", AMSKV(target_saving=0.787))
+        yield self.arm(other, f"ams 78.7% {other}", "ams", AMSKV(saving=0.787))
 
     def _finding(self, results: StudyResults, arms: Arms) -> list[str]:
         return [f"Against the full cache in the study's dtype: {results.listed(arms)}."]
