@@ -49,7 +49,7 @@ def saving(plan):
 def test_arms_and_plans_are_those_that_were_recorded(name):
     """Labels, policies, dtypes, plans and refusals of before there were sections."""
     config, stats = {
-        "var-cifar10": lambda: (get("var-cifar10").transformer, LayerStats.load(STATS)),
+        "var-cifar10": lambda: (get("var-cifar10").model.transformer, LayerStats.load(STATS)),
         "made": lambda: (LARGE, make_stats(LARGE)),
         "three-scales": lambda: (TRANSFORMER, make_stats(TRANSFORMER)),
     }[name]()

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from made_stats import cache_shape
@@ -10,6 +11,8 @@ from PIL import Image
 from reference_weights import recipe_state
 
 from amskv_jax.checkpoints import writer
+from amskv_jax.cli.options import MAX_SEED, parse_seeds
+from amskv_jax.errors import UsageError
 from amskv_jax.models.var.config import VQVAEConfig
 from amskv_jax.policies import Full
 from amskv_jax.testing import SCHEDULE, VQVAE_FIELDS
@@ -232,7 +235,7 @@ def test_plan(refused, checkpoint, tmp_path, monkeypatch):
     refused(2, "plan", expect="give either --model or --checkpoint")
     both = ("--model", "var-tiny", "--checkpoint", checkpoint)
     refused(2, "plan", *both, expect="give either --model or --checkpoint")
-    refused(2, "plan", "--model", "var-d99", expect="unknown model 'var-d99': expected one of var-")
+    refused(2, "plan", "--model", "var-d99", expect="unknown model 'var-d99': expected one of ")
     options = ("--policy", "ams:c_min=9,c_max=5")
     refused(2, "plan", "--model", "var-d16", *options, expect="C_max (5 tokens) is below C_min (9)")
     options = ("--policy", "ams:c_min=4")
@@ -287,7 +290,7 @@ def test_info(refused, tmp_path):
 def test_init(refused, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     arguments = ("init", "--model", "small", "--out", tmp_path / "out")
-    refused(2, *arguments, expect="unknown model 'small': expected one of var-")
+    refused(2, *arguments, expect="unknown model 'small': expected one of ")
     arguments = ("init", "--model", "var-tiny", "--out", tmp_path)
     refused(1, *arguments, expect="exists: remove it, or choose another output folder")
 
@@ -309,3 +312,12 @@ def test_errors_show_where_they_came_from_on_request(amskv, monkeypatch, tmp_pat
     monkeypatch.setattr(sys, "argv", ["amskv", "info", "--checkpoint", str(tmp_path)])
     with pytest.raises(AmskvError, match="is not a checkpoint"):
         main()
+
+
+def test_seeds_are_those_that_jax_tells_apart():
+    assert parse_seeds("0-2,4294967295", "--seeds") == (0, 1, 2, MAX_SEED)
+    keys = [jax.random.key_data(jax.random.key(seed)).tolist() for seed in (0, MAX_SEED, 2**32)]
+    assert keys[0] == keys[2] != keys[1]
+    for text in ("1,4294967296", "-1"):
+        with pytest.raises(UsageError, match="is no seed: expected 0 to 4294967295"):
+            parse_seeds(text, "--seeds")

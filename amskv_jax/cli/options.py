@@ -120,3 +120,12 @@ def parse_numbers(text: str, option: str) -> tuple[int, ...]:
         return read_ranges(text)
     except ValueError as error:
         raise UsageError(f"{option} {text!r}: {error}") from error
+
+
+def parse_seeds(text: str, option: str) -> tuple[int, ...]:
+    """Read seeds; arguments and errors as in ``parse_numbers``, or one is no seed."""
+    seeds = parse_numbers(text, option)
+    wrong = next((seed for seed in seeds if not 0 <= seed <= MAX_SEED), None)
+    if wrong is not None:
+        raise UsageError(f"{option} {text!r}: {wrong} is no seed: expected 0 to {MAX_SEED}")
+    return seeds

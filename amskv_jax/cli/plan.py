@@ -38,7 +38,7 @@ def plan(
     cfg: Annotated[
         float | None,
         typer.Option(
-            help="Guidance strength; 0 is none, so that a picture has one row in place of two.",
+            help="Guidance strength; with none (VAR 0, Infinity 1) a picture has one row.",
             callback=check_finite,
         ),
     ] = None,

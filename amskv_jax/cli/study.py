@@ -20,7 +20,7 @@ from amskv_jax.cli.options import (
     ManyOption,
     TopKOption,
     TopPOption,
-    parse_numbers,
+    parse_seeds,
 )
 
 app = typer.Typer(
@@ -90,7 +90,7 @@ def run(
     check_picture_count(num, network.dimension)
     extent = Extent(
         sections=sections.replace(",", ""),
-        seeds=parse_numbers(seeds, "--seeds"),
+        seeds=parse_seeds(seeds, "--seeds"),
         batch=batch_size,
         compilers=compilers,
         stop_after=float("inf") if stop_after is None else stop_after,
