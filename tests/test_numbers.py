@@ -18,7 +18,7 @@ from amskv_jax.plan.runtime_rows import SelectingRow
 from amskv_jax.plan.selectors import HeavyHitters
 from amskv_jax.policies import AMSKV, H2O, Full, Heads, ScaleKV
 from amskv_jax.schedule import ScaleSchedule
-from amskv_jax.testing import SCHEDULE, SMALL, TINY_VAR, drive, sample
+from amskv_jax.testing import SCHEDULE, TINY_VAR, drive, sample
 
 BITS = {"int8": 8, "int4": 4, "int2": 2}
 POLICIES = [Full(), AMSKV(2, 5, 1), H2O(4), ScaleKV(4, window=1), Heads(4, protected=1)]
@@ -72,7 +72,7 @@ def test_every_policy_draws_with_every_format_in_the_announced_bytes(policy, nam
     allocated = sum(leaf.nbytes for leaf in jax.tree.leaves(caches) if leaf.dtype != bool)
     assert allocated == MemoryReport.of(plan, geometry).plan
 
-    params, labels = random_params(SMALL, seed=1), np.array([1, 2], np.int32)
+    params, labels = random_params(TINY_VAR, seed=1), np.array([1, 2], np.int32)
     with jax.disable_jit():
         samples = sample(
             TINY_VAR,
