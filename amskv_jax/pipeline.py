@@ -25,7 +25,10 @@ from amskv_jax.plan.stats import LayerStats
 from amskv_jax.policies import Full, Policy
 from amskv_jax.sampling import TokenSampling
 from amskv_jax.schedule import ScaleSchedule
-from amskv_jax.text.reader import PART, PromptReader
+from amskv_jax.text.reader import PromptReader
+
+DRAWING_PARTS = ("transformer", "tokenizer")
+"""Parts of a checkpoint that drawing needs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +45,8 @@ class Pipeline:
       classes: names of the classes; none if they are not known.
       encode: turns what a user types into what ``Model.conditions`` takes; None where these are
         the same.
+      default: what is drawn where nothing else is asked for; the model's own examples if None.
+      cache_dtype: how cached numbers are kept, a name of ``numbers.NUMBERS``; None for ``dtype``.
     """
 
     model: Model
@@ -52,6 +57,8 @@ class Pipeline:
     fingerprint: str = ""
     classes: tuple[str, ...] = ()
     encode: Callable[[Any], Any] | None = None
+    default: Conditions | None = None
+    cache_dtype: str | None = None
 
     @classmethod
     def of(
@@ -96,7 +103,7 @@ class Pipeline:
     def geometry(self, pictures: int, drawing: Drawing | None = None) -> CacheGeometry:
         """Return what the cache of a batch costs per token; ``self.drawing`` if none is given."""
         rows = self.model.guidance(drawing or self.drawing).rows_per_picture
-        return CacheGeometry.of(self.shape, pictures, self.dtype, rows)
+        return CacheGeometry.of(self.shape, pictures, self.cache_dtype or self.dtype, rows)
 
     def plan(self, policy: Policy, stats: LayerStats | None = None) -> RetentionPlan:
         """Return what a policy keeps of this model's cache.
@@ -138,6 +145,7 @@ class Pipeline:
             guidance=self.model.guidance(drawing),
             sampling=TokenSampling(drawing.top_k, drawing.top_p, drawing.more_smooth),
             dtype=self.dtype,
+            cache_dtype=self.cache_dtype,
             attention=attention,
             trace=trace,
             observe=observe,
@@ -170,6 +178,8 @@ class Pipeline:
         Raises:
           UsageError: if it cannot be drawn.
         """
+        if wanted is None and self.default is not None:
+            return self.default
         encoded = wanted if self.encode is None or wanted is None else self.encode(wanted)
         return self.model.conditions(encoded)
 
@@ -249,20 +259,26 @@ class Pipeline:
         return replace(samples, pictures=pictures)
 
 
-def load(source: str | os.PathLike[str] | None = None, dtype: str | None = None) -> Pipeline:
+def load(
+    source: str | os.PathLike[str] | None = None,
+    dtype: str | None = None,
+    *,
+    weights: bool = True,
+) -> Pipeline:
     """Load a checkpoint onto the default device.
 
     Args:
       source: a folder made by ``convert_var`` or ``init_checkpoint``, a packed checkpoint, or the
         name of an embedded model; by default "var-cifar10".
       dtype: "float32" or "bfloat16"; None takes the one in which the weights are stored.
+      weights: load them too; plans and conditions need none. The text encoder's never are: it is
+        loaded when there are prompts to encode, and dropped again.
 
     Raises:
       AmskvError: if this is no checkpoint, or damaged.
     """
     place = find_checkpoint(source)
-    parts = read_info(place).model.parts
-    drawing_parts = [part for part in parts if part in ("transformer", "tokenizer")]
-    checkpoint = load_checkpoint(place, dtype, drawing_parts)
-    encode = PromptReader(place, dtype) if PART in parts else None
-    return Pipeline.of(checkpoint.info, checkpoint.params, dtype, encode=encode)
+    info = read_info(place)
+    params = load_checkpoint(place, dtype, DRAWING_PARTS).params if weights else None
+    encode = PromptReader(place, dtype) if info.model.takes == "prompts" else None
+    return Pipeline.of(info, params, dtype, encode=encode)

@@ -138,10 +138,12 @@ class Model(Protocol):
 
     Attributes:
       kind: its name in checkpoints.
+      takes: what it draws, as a user says it: "classes", "prompts".
       drawing: how it is drawn from unless a checkpoint or a user says otherwise.
     """
 
     kind: ClassVar[str]
+    takes: ClassVar[str]
     drawing: ClassVar[Drawing]
 
     @property
@@ -206,12 +208,12 @@ class Model(Protocol):
         """
         ...
 
-    def condition_bytes(self, rows: int, condition: Any, dtype: str) -> int:
-        """Return the bytes of what ``prepare`` makes of a condition and every block reads.
+    def held_bytes(self, rows: int, condition: Any | None, dtype: str) -> Mapping[str, int]:
+        """Return the bytes of what is large besides weights and cache, by what it is.
 
         Args:
           rows: of the batch, see ``Guidance``.
-          condition: of the batch.
+          condition: of the batch; None for the largest there can be.
           dtype: of the products.
         """
         ...

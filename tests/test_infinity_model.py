@@ -54,7 +54,7 @@ def test_cache_shape():
 
 def test_bytes_of_the_texts_keys_and_values():
     long = MODEL.conditions(TextFeatures(np.ones((300, 2048)), np.array([300])))
-    assert MODEL.condition_bytes(2, long.batch(np.arange(1)), "bfloat16") == 2**28
+    assert list(MODEL.held_bytes(2, long.batch(np.arange(1)), "bfloat16").values()) == [2**28]
     model = InfinityModel(InfinityConfig(3, 128, 2, bits=4, text_channels=128), BSQConfig(4))
     transformer = Infinity(model.transformer, SQUARE, jnp.bfloat16)
     condition, features = (
@@ -68,7 +68,9 @@ def test_bytes_of_the_texts_keys_and_values():
 
     layers = jax.eval_shape(prepare)
     held = sum(x.size * x.dtype.itemsize for x in (layers.key, layers.value))
-    assert model.condition_bytes(10, condition, "bfloat16") == held
+    assert model.held_bytes(10, condition, "bfloat16") == {
+        "keys and values of texts of 64 tokens": held
+    }
 
 
 def test_where_guidance_acts():

@@ -121,6 +121,7 @@ class ToyTokenizer:
 @dataclass(frozen=True)
 class ToyModel:
     kind: ClassVar[str] = "toy"
+    takes: ClassVar[str] = "colours"
     drawing: ClassVar[Drawing] = Drawing(cfg=2.0, top_k=0, top_p=0.0)
     schedule: ScaleSchedule = SCHEDULE
 
@@ -138,8 +139,8 @@ class ToyModel:
     def forced(self, codes: np.ndarray, schedule: ScaleSchedule) -> np.ndarray:
         return codes
 
-    def condition_bytes(self, rows: int, condition: Any, dtype: str) -> int:
-        return 4 * rows * WIDTH
+    def held_bytes(self, rows: int, condition: Any, dtype: str) -> Mapping[str, int]:
+        return {}
 
     def cache_shape(self, schedule: ScaleSchedule) -> CacheShape:
         return CacheShape(schedule, DEPTH, HEADS, WIDTH // HEADS)

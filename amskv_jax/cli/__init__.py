@@ -10,6 +10,7 @@ from amskv_jax.cli import (
     bench,
     calibrate,
     convert,
+    encode,
     evaluate,
     export,
     info,
@@ -35,6 +36,7 @@ app.command()(analyze.analyze)
 app.command(cls=PolicyCommand)(bench.bench)
 app.command()(calibrate.calibrate)
 app.add_typer(convert.app, name="convert")
+app.command()(encode.encode)
 app.command("eval", cls=PolicyCommand)(evaluate.evaluate)
 app.command()(export.export)
 app.command()(info.info)

@@ -8,8 +8,9 @@ import typer
 
 from amskv_jax.cli.console import make_console, print_line, progress
 from amskv_jax.cli.files import check_outputs, check_suffix
-from amskv_jax.cli.options import Attention, Dtype, ForceOption, StatsOption
+from amskv_jax.cli.options import Attention, CacheDtypeOption, Dtype, ForceOption, StatsOption
 from amskv_jax.cli.policy import PoliciesOption
+from amskv_jax.cli.wanted import AspectOption, CfgOption, SizeOption, drawing_of
 from amskv_jax.files import replacing
 
 
@@ -26,6 +27,10 @@ def bench(
             "--decode/--no-decode", help="Turn tokens into pictures, or run the transformer alone."
         ),
     ] = True,
+    cache_dtype: CacheDtypeOption = None,
+    aspect: AspectOption = None,
+    size: SizeOption = None,
+    cfg: CfgOption = None,
     stats: StatsOption = None,
     save: Annotated[Path | None, typer.Option(help="Write all numbers here (.json).")] = None,
     force: ForceOption = False,
@@ -50,7 +55,14 @@ def bench(
     from amskv_jax.plan.stats import LayerStats  # noqa: PLC0415
 
     found = configs.get(model).model
-    pipe = Pipeline(found, None, found.schedule, dtype.value, found.drawing)
+    pipe = Pipeline(
+        model=found,
+        params=None,
+        schedule=found.find_schedule(aspect, size),
+        dtype=dtype.value,
+        drawing=drawing_of(found.drawing, cfg=cfg),
+        cache_dtype=cache_dtype and cache_dtype.value,
+    )
     statistics = LayerStats.load(stats) if stats else None
     geometry = pipe.geometry(batch)
     plans = {one.text: one.plan(pipe.shape, geometry, statistics) for one in requests}

@@ -15,13 +15,23 @@ from amskv_jax.cli.options import (
     CheckpointOption,
     CompilationCacheOption,
     ForceOption,
-    GuidanceOption,
     SeedOption,
     StoredDtypeOption,
+)
+from amskv_jax.cli.wanted import (
+    AspectOption,
+    CfgOption,
+    LabelsOption,
+    PromptsOption,
+    SizeOption,
+    TauOption,
+    TextFeaturesOption,
     TopKOption,
     TopPOption,
-    parse_numbers,
+    conditions_of,
+    drawing_of,
 )
+from amskv_jax.errors import UsageError
 
 if TYPE_CHECKING:
     from amskv_jax.plan.stats import LayerStats
@@ -33,17 +43,16 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="Write the layer statistics here (.npz).")],
     samples: Annotated[int, typer.Option(min=1, help="Pictures to draw.")] = 16,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 4,
-    labels: Annotated[
-        str | None,
-        typer.Option(
-            help="Classes to draw in turn; if not given, they are spread over all classes.",
-            metavar="207,360 or 0-9",
-        ),
-    ] = None,
+    labels: LabelsOption = None,
+    prompts: PromptsOption = None,
+    text_features: TextFeaturesOption = None,
+    aspect: AspectOption = None,
+    size: SizeOption = None,
     seed: SeedOption = 0,
-    cfg: GuidanceOption = None,
-    top_k: TopKOption = 900,
-    top_p: TopPOption = 0.96,
+    cfg: CfgOption = None,
+    tau: TauOption = None,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
     dtype: StoredDtypeOption = None,
     force: ForceOption = False,
     compilation_cache: CompilationCacheOption = True,
@@ -54,7 +63,6 @@ def calibrate(
     """
     check_suffix(out, {".npz"})
     check_outputs(out, force=force)
-    numbers = parse_numbers(labels, "--labels") if labels is not None else None
 
     import jax  # noqa: PLC0415
 
@@ -64,15 +72,18 @@ def calibrate(
 
     if compilation_cache:
         use_compilation_cache()
+    pipe = load(checkpoint, dtype.value if dtype else None, weights=False)
+    pipe = replace(pipe, schedule=pipe.model.find_schedule(aspect, size))
+    conditions = conditions_of(pipe, labels=labels, prompts=prompts, text_features=text_features)
+    if conditions is None and pipe.model.takes != "classes":
+        raise UsageError("nothing to draw: give --prompts or --text-features")
+    if conditions is None:
+        classes = pipe.conditions(None)
+        spread = range(0, samples * len(classes), len(classes))
+        conditions = Chosen(classes, tuple(number // samples for number in spread))
+    drawing = drawing_of(pipe.drawing, cfg=cfg, tau=tau, top_k=top_k, top_p=top_p)
     with progress("loading weights"):
-        pipe = load(checkpoint, dtype.value if dtype else None)
-    conditions = pipe.conditions(numbers)
-    if numbers is None:
-        spread = range(0, samples * len(conditions), len(conditions))
-        conditions = Chosen(conditions, tuple(number // samples for number in spread))
-    drawing = replace(pipe.drawing, top_k=top_k, top_p=top_p)
-    if cfg is not None:
-        drawing = replace(drawing, cfg=cfg)
+        pipe = replace(pipe, params=load(checkpoint, pipe.dtype).params)
     device = jax.devices()[0]
     print_line(f"{pipe.dtype} on {device.device_kind} ({device.platform})")
 

@@ -1,6 +1,7 @@
 """``amskv eval``: figures of chosen policies."""
 
 import json
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,15 +17,23 @@ from amskv_jax.cli.options import (
     CheckpointOption,
     ClassifierOption,
     CompilationCacheOption,
-    GuidanceOption,
     ManyOption,
     SeedOption,
     StatsOption,
     StoredDtypeOption,
-    TopKOption,
-    TopPOption,
 )
 from amskv_jax.cli.policy import PoliciesOption
+from amskv_jax.cli.wanted import (
+    AspectOption,
+    CfgOption,
+    PromptsOption,
+    SizeOption,
+    TextFeaturesOption,
+    TopKOption,
+    TopPOption,
+    conditions_of,
+    drawing_of,
+)
 from amskv_jax.errors import UsageError
 from amskv_jax.files import replacing
 
@@ -57,9 +66,13 @@ def evaluate(
         typer.Option(help="Real pictures: a packed .npz or a folder of class folders."),
     ] = None,
     seed: SeedOption = 0,
-    cfg: GuidanceOption = None,
-    top_k: TopKOption = 900,
-    top_p: TopPOption = 0.96,
+    prompts: PromptsOption = None,
+    text_features: TextFeaturesOption = None,
+    aspect: AspectOption = None,
+    size: SizeOption = None,
+    cfg: CfgOption = None,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
     batch_size: ManyOption = 500,
     shard: Annotated[int, typer.Option(min=1, help="Pictures per file while drawing.")] = 1000,
     dtype: StoredDtypeOption = None,
@@ -91,12 +104,18 @@ def evaluate(
         check_picture_count(num, network.dimension)
         if real is None:
             raise UsageError("the metrics compare with real pictures: give --real")
-    model = load(checkpoint, dtype.value if dtype else None)
+    model = load(checkpoint, dtype.value if dtype else None, weights=False)
+    model = replace(model, schedule=model.model.find_schedule(aspect, size))
+    conditions = conditions_of(model, prompts=prompts, text_features=text_features)
+    if conditions is None and model.model.takes != "classes":
+        raise UsageError("nothing to draw: give --prompts or --text-features")
+    model = replace(model, default=conditions, params=load(checkpoint, model.dtype).params)
+    drawing = drawing_of(model.drawing, cfg=cfg, top_k=top_k, top_p=top_p)
     evaluation = Evaluation(
         num=num,
-        cfg=model.drawing.cfg if cfg is None else cfg,
-        top_k=top_k,
-        top_p=top_p,
+        cfg=drawing.cfg,
+        top_k=drawing.top_k,
+        top_p=drawing.top_p,
         dtype=model.dtype,
         seed=seed,
         shard=shard,

@@ -1,6 +1,5 @@
 """Options which several commands have, and readers of their values."""
 
-import math
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -27,11 +26,15 @@ class Attention(StrEnum):
     XLA = "xla"
 
 
-def check_finite(number: float | None) -> float | None:
-    """Return an option's number; refuse "nan" and "inf", which Python takes for numbers."""
-    if number is not None and not math.isfinite(number):
-        raise typer.BadParameter(f"expected a finite number, not {number}")
-    return number
+class CacheDtype(StrEnum):
+    """Formats of cached numbers, see ``numbers.NUMBERS``."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT8 = "float8_e4m3fn"
+    INT8 = "int8"
+    INT4 = "int4"
+    INT2 = "int2"
 
 
 CheckpointOption = Annotated[
@@ -73,27 +76,15 @@ SeedOption = Annotated[
     int,
     typer.Option("--seed", min=0, max=MAX_SEED, help="Seed of the random numbers, below 2**32."),
 ]
-GuidanceOption = Annotated[
-    float | None,
-    typer.Option(
-        "--cfg",
-        help="Guidance strength at the last scale; what suits the model if not given.",
-        callback=check_finite,
-    ),
-]
-TopKOption = Annotated[
-    int,
-    typer.Option("--top-k", min=0, help="Draw from the k likeliest tokens; 0: all, 1: greedy."),
-]
-TopPOption = Annotated[
-    float,
-    typer.Option(
-        "--top-p", min=0, max=1, help="Draw from tokens of this probability in total; 0: all."
-    ),
-]
 StoredDtypeOption = Annotated[
     Dtype | None,
     typer.Option("--dtype", help="Of weights, products and cache; as stored if not given."),
+]
+CacheDtypeOption = Annotated[
+    CacheDtype | None,
+    typer.Option(
+        "--cache-dtype", help="How cached numbers are kept; as the products if not given."
+    ),
 ]
 AttentionOption = Annotated[Attention, typer.Option("--attention", help="Attention back end.")]
 ManyOption = Annotated[int, typer.Option("--batch-size", min=1, help="Pictures generated at once.")]

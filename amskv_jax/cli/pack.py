@@ -7,19 +7,14 @@ import typer
 
 from amskv_jax.cli.console import print_line, progress
 from amskv_jax.cli.files import check_outputs, check_suffix
-from amskv_jax.cli.options import CheckpointOption, check_finite
+from amskv_jax.cli.options import CheckpointOption
+from amskv_jax.cli.wanted import CfgOption, drawing_of
 
 
 def pack(
     checkpoint: CheckpointOption,
     out: Annotated[Path, typer.Option(help="The file to write (.safetensors).")],
-    cfg: Annotated[
-        float | None,
-        typer.Option(
-            help="Guidance strength that suits the model; as the checkpoint says.",
-            callback=check_finite,
-        ),
-    ] = None,
+    cfg: CfgOption = None,
 ) -> None:
     """Write a checkpoint as one file with 8-bit weights, which is read wherever a folder is.
 
@@ -28,8 +23,10 @@ def pack(
     check_suffix(out, {".safetensors"})
     check_outputs(out, force=False)
 
+    from amskv_jax.checkpoints.folder import read_info  # noqa: PLC0415
     from amskv_jax.checkpoints.packed import pack_checkpoint  # noqa: PLC0415
 
+    drawing = drawing_of(read_info(checkpoint).drawing, cfg=cfg)
     with progress("packing"):
-        pack_checkpoint(checkpoint, out, cfg)
+        pack_checkpoint(checkpoint, out, drawing.cfg)
     print_line(f"wrote {out}, {out.stat().st_size / 1e6:.2f} MB")

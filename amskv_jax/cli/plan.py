@@ -9,8 +9,9 @@ import typer
 from amskv_jax.checkpoints.embedded import find_checkpoint
 from amskv_jax.cli.console import print_line, progress
 from amskv_jax.cli.files import check_outputs, check_suffix
-from amskv_jax.cli.options import Dtype, ForceOption, StatsOption, check_finite
+from amskv_jax.cli.options import CacheDtypeOption, Dtype, ForceOption, StatsOption
 from amskv_jax.cli.policy import PlanFileOption, PolicyOption, choose_policy
+from amskv_jax.cli.wanted import AspectOption, CfgOption, SizeOption, drawing_of
 from amskv_jax.errors import UsageError
 from amskv_jax.files import replacing
 
@@ -34,14 +35,11 @@ def plan(
         ),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Pictures generated at once.")] = 1,
-    dtype: Annotated[Dtype, typer.Option(help="Type of the cache.")] = Dtype.BFLOAT16,
-    cfg: Annotated[
-        float | None,
-        typer.Option(
-            help="Guidance strength; with none (VAR 0, Infinity 1) a picture has one row.",
-            callback=check_finite,
-        ),
-    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of the products.")] = Dtype.BFLOAT16,
+    cache_dtype: CacheDtypeOption = None,
+    aspect: AspectOption = None,
+    size: SizeOption = None,
+    cfg: CfgOption = None,
     stats: StatsOption = None,
     save: Annotated[Path | None, typer.Option(help="Write the plan here (.json).")] = None,
     plot: Annotated[
@@ -61,7 +59,9 @@ def plan(
     from amskv_jax.reports.plots import save_plan_plot  # noqa: PLC0415
 
     pipe = _pipeline(model, checkpoint, dtype.value)
-    drawing = pipe.drawing if cfg is None else replace(pipe.drawing, cfg=cfg)
+    schedule = pipe.model.find_schedule(aspect, size)
+    pipe = replace(pipe, schedule=schedule, cache_dtype=cache_dtype and cache_dtype.value)
+    drawing = drawing_of(pipe.drawing, cfg=cfg)
     shape, geometry = pipe.shape, pipe.geometry(batch, drawing)
     statistics = LayerStats.load(stats, pipe.fingerprint or None) if stats else None
     made = request.plan(shape, geometry, statistics)
@@ -69,7 +69,8 @@ def plan(
     if request.policy != AMSKV() or request.max_bytes is not None:
         plans = {"AMS-KV with its defaults": AMSKV().plan(shape)} | plans
     print_plan(made)
-    print_memory(plans, geometry, batch, dtype.value)
+    held = pipe.model.held_bytes(geometry.rows, None, dtype.value)
+    print_memory(plans, geometry, batch, dtype.value, held)
     if save:
         with replacing(save) as temporary:
             temporary.write_text(made.to_json(), encoding="utf-8")

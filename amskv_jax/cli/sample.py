@@ -14,24 +14,39 @@ from amskv_jax.cli.files import check_outputs, check_suffix, free_name
 from amskv_jax.cli.memory import explaining_memory
 from amskv_jax.cli.options import (
     Attention,
+    CacheDtypeOption,
     CompilationCacheOption,
     Dtype,
     ForceOption,
-    GuidanceOption,
     SeedOption,
     StatsOption,
-    TopKOption,
-    TopPOption,
-    parse_numbers,
 )
 from amskv_jax.cli.policy import PlanFileOption, PolicyOption, choose_policy
+from amskv_jax.cli.wanted import (
+    AspectOption,
+    CfgOption,
+    GuideOption,
+    LabelsOption,
+    NegativePromptOption,
+    PromptOption,
+    PromptsOption,
+    SizeOption,
+    TauOption,
+    TextFeaturesOption,
+    TopKOption,
+    TopPOption,
+    conditions_of,
+    drawing_of,
+    read_codes,
+)
+from amskv_jax.errors import UsageError
 from amskv_jax.files import replacing
 
 if TYPE_CHECKING:
     import numpy as np
 
     from amskv_jax.generate import Sampler
-    from amskv_jax.models.guidance import Drawing
+    from amskv_jax.models.guidance import Controls
     from amskv_jax.models.protocol import Conditions
     from amskv_jax.pipeline import Pipeline
 
@@ -56,10 +71,13 @@ def sample(
             help="Folder, packed file, or embedded model; the embedded var-cifar10 if not given."
         ),
     ] = None,
-    labels: Annotated[
-        str | None,
-        typer.Option(help="Classes to draw; the first ten if not given.", metavar="207,360 or 0-9"),
-    ] = None,
+    labels: LabelsOption = None,
+    prompt: PromptOption = None,
+    negative_prompt: NegativePromptOption = None,
+    prompts: PromptsOption = None,
+    text_features: TextFeaturesOption = None,
+    aspect: AspectOption = None,
+    size: SizeOption = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -67,11 +85,20 @@ def sample(
             "number if that exists, if not given."
         ),
     ] = None,
-    num_per_label: Annotated[int, typer.Option(min=1, help="Pictures of each class.")] = 1,
+    num_per_label: Annotated[int, typer.Option(min=1, help="Pictures of each.")] = 1,
     seed: SeedOption = 0,
-    cfg: GuidanceOption = None,
-    top_k: TopKOption = 900,
-    top_p: TopPOption = 0.96,
+    cfg: CfgOption = None,
+    tau: TauOption = None,
+    guide: GuideOption = None,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    forced_codes: Annotated[
+        Path | None,
+        typer.Option(
+            help="Codes (.npz, codes [pictures, tokens, ...] on the tokenizer's grids) which take "
+            "the place of those that are drawn at the first scales."
+        ),
+    ] = None,
     more_smooth: Annotated[
         bool,
         typer.Option("--more-smooth", help="Feed back mixtures of tokens: smoother pictures."),
@@ -82,6 +109,7 @@ def sample(
     dtype: Annotated[
         Dtype | None, typer.Option(help="Of weights, products and cache; as stored if not given.")
     ] = None,
+    cache_dtype: CacheDtypeOption = None,
     attention: Annotated[Attention, typer.Option(help="Attention back end.")] = Attention.AUTO,
     stats: StatsOption = None,
     save_tokens: Annotated[
@@ -90,12 +118,11 @@ def sample(
     force: ForceOption = False,
     compilation_cache: CompilationCacheOption = True,
 ) -> None:
-    """Draw pictures of classes, with a cache that keeps what the policy says."""
+    """Draw pictures of classes or prompts, with a cache that keeps what the policy says."""
     out = out or free_name(Path("amskv-sample.png"))
     check_suffix(out, PICTURE_SUFFIXES)
     check_suffix(save_tokens, {".npz"})
     check_outputs(out, save_tokens, force=force)
-    numbers = None if labels is None else parse_numbers(labels, "--labels")
     if (checkpoint, policy, plan_file, compare) == (None, None, None, None):
         policy, compare = "ams", "full"
     request = choose_policy(policy, plan_file)
@@ -107,7 +134,7 @@ def sample(
     from amskv_jax.checkpoints.folder import read_info  # noqa: PLC0415
     from amskv_jax.cli.tables import print_memory, print_plan  # noqa: PLC0415
     from amskv_jax.drawing import Chosen  # noqa: PLC0415
-    from amskv_jax.pipeline import Pipeline, load  # noqa: PLC0415
+    from amskv_jax.pipeline import load  # noqa: PLC0415
     from amskv_jax.plan.memory import MemoryReport  # noqa: PLC0415
     from amskv_jax.plan.stats import LayerStats  # noqa: PLC0415
     from amskv_jax.policies.grammar import parse_policies  # noqa: PLC0415
@@ -119,39 +146,63 @@ def sample(
     others = parse_policies(compare) if compare else []
     place = find_checkpoint(checkpoint)
     info = read_info(place)
-    pipe = Pipeline.of(info, None, dtype.value if dtype else None)
-    conditions = pipe.conditions(numbers)
-    if numbers is None:
-        conditions = Chosen(conditions, tuple(range(min(10, len(conditions)))))
+    drawing = drawing_of(
+        info.drawing,
+        cfg=cfg,
+        tau=tau,
+        guide=guide,
+        top_k=top_k,
+        top_p=top_p,
+        more_smooth=more_smooth,
+    )
+    pipe = replace(
+        load(place, dtype.value if dtype else None, weights=False),
+        schedule=info.model.find_schedule(aspect, size),
+        cache_dtype=cache_dtype and cache_dtype.value,
+        drawing=drawing,
+    )
+    with progress("reading"):
+        conditions = conditions_of(
+            pipe,
+            labels=labels,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            prompts=prompts,
+            text_features=text_features,
+        )
+    if conditions is None and pipe.model.takes != "classes":
+        raise UsageError("nothing to draw: give --prompt, --prompts or --text-features")
+    if conditions is None:
+        classes = pipe.conditions(None)
+        conditions = Chosen(classes, tuple(range(min(10, len(classes)))))
     shown = np.repeat(np.arange(len(conditions)), num_per_label)
     conditions = Chosen(conditions, tuple(shown.tolist()))
     count = len(conditions)
     batch = min(batch_size or count, count)
     statistics = LayerStats.load(stats, info.fingerprint) if stats else None
-    drawing = replace(pipe.drawing, top_k=top_k, top_p=top_p, more_smooth=more_smooth)
-    if cfg is not None:
-        drawing = replace(drawing, cfg=cfg)
-    shape, geometry = pipe.shape, pipe.geometry(batch, drawing)
+    controls = pipe.controls(forced=read_codes(forced_codes, count) if forced_codes else None)
+    shape, geometry = pipe.shape, pipe.geometry(batch)
     plans = [one.plan(shape, geometry, statistics) for one in (*others, request)]
     titles = [plan.note.partition(":")[0] for plan in plans]
     if len(set(titles)) < len(titles):
         titles = [one.text for one in (*others, request)]
     samplers = {
-        title: pipe.sampler(plan, drawing, attention=attention.value)
+        title: pipe.sampler(plan, attention=attention.value)
         for title, plan in zip(titles, plans, strict=True)
     }
     backend = choose_implementation(attention.value, pipe.dtype, shape.head_dim)
     device = jax.devices()[0]
     print_plan(plans[-1])
-    print_memory({"this plan": plans[-1]}, geometry, batch, pipe.dtype)
+    held = pipe.model.held_bytes(geometry.rows, conditions.batch(np.arange(batch)), pipe.dtype)
+    print_memory({"this plan": plans[-1]}, geometry, batch, pipe.dtype, held)
     print_line(f"{pipe.dtype} on {device.device_kind} ({device.platform}), attention {backend}")
 
     with progress("loading weights"):
-        pipe = load(place, pipe.dtype)
+        pipe = replace(pipe, params=load(place, pipe.dtype).params)
     captions = conditions.captions(pipe.classes)
     panels = {}
     for name, sampler in samplers.items():
-        tokens, pictures, seconds = _draw(pipe, sampler, conditions, drawing, seed, batch)
+        tokens, pictures, seconds = _draw(pipe, sampler, conditions, controls, seed, batch)
         size = byte_size(MemoryReport.of(sampler.plan, geometry).plan)
         drawn = f"{count} picture{'s'[: count > 1]} in {seconds:.2f} s"
         heading = f"{name}: cache of {size}, {drawn}"
@@ -162,10 +213,13 @@ def sample(
             sheet.save(temporary)
     print_line(f"wrote {out}")
     if save_tokens:
-        classes = conditions.classes(np.arange(count))
-        labels_too = {} if classes is None else {"labels": classes}
+        known = conditions.classes(np.arange(count))
+        arrays = {} if known is None else {"labels": known}
+        if tokens.ndim > 2:  # bits
+            tokens = tokens.astype(np.uint8)
+        arrays |= {"tokens": tokens, "seed": np.array(seed)}
         with replacing(save_tokens) as temporary:
-            np.savez(temporary, tokens=tokens, **labels_too, seed=seed)
+            np.savez(temporary, **arrays)  # type: ignore[arg-type]
         print_line(f"wrote {save_tokens}")
 
 
@@ -173,23 +227,25 @@ def _draw(
     pipe: "Pipeline",
     sampler: "Sampler",
     conditions: "Conditions",
-    drawing: "Drawing",
+    controls: "Controls",
     seed: int,
     batch: int,
 ) -> "tuple[np.ndarray, np.ndarray, float]":
     """Return tokens, pictures and the seconds they took; compiling comes before, and is printed."""
     import numpy as np  # noqa: PLC0415
 
+    from amskv_jax.drawing import Drawer  # noqa: PLC0415
+
     count = len(conditions)
     with explaining_memory(batch), progress("compiling") as update:
-        drawer = pipe.drawer(sampler, conditions, batch, drawing)
+        drawer = Drawer(sampler, pipe.params, conditions, controls, batch)
         print_line(
             f"compiled in {drawer.compile_seconds:.1f} s, "
             f"{drawer.trace_seconds:.1f} s of it tracing"
         )
         start = time.perf_counter()
         drawn = []
-        for own in drawer.batches(pipe.params, seed, 0, count, pipe.controls(drawing)):
+        for own in drawer.batches(pipe.params, seed, 0, count, controls):
             update("drawing", own.first / count if count > batch else None)
             drawn.append((own.tokens(), own.pictures()))
         seconds = time.perf_counter() - start

@@ -16,12 +16,10 @@ from amskv_jax.cli.options import (
     ClassifierOption,
     CompilationCacheOption,
     Dtype,
-    GuidanceOption,
     ManyOption,
-    TopKOption,
-    TopPOption,
     parse_seeds,
 )
+from amskv_jax.cli.wanted import CfgOption, TopKOption, TopPOption, drawing_of
 
 app = typer.Typer(
     help="Measure every policy on a trained model, and write the report.", no_args_is_help=True
@@ -56,9 +54,9 @@ def run(
     compilers: Annotated[
         int, typer.Option(min=1, help="Programs compiled at a time, before they draw.")
     ] = 6,
-    cfg: GuidanceOption = None,
-    top_k: TopKOption = 900,
-    top_p: TopPOption = 0.96,
+    cfg: CfgOption = None,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
     dtype: Annotated[Dtype, typer.Option(help="Of all cells but those of g.")] = Dtype.BFLOAT16,
     calibration: Annotated[
         int, typer.Option(min=1, help="Pictures that calibration looks at.")
@@ -98,11 +96,12 @@ def run(
         attention=attention.value,
     )
     model = load(checkpoint, dtype.value)
+    drawing = drawing_of(model.drawing, cfg=cfg, top_k=top_k, top_p=top_p)
     comparison = Comparison(
         num=num,
-        cfg=model.drawing.cfg if cfg is None else cfg,
-        top_k=top_k,
-        top_p=top_p,
+        cfg=drawing.cfg,
+        top_k=drawing.top_k,
+        top_p=drawing.top_p,
         dtype=dtype.value,
         calibration_pictures=calibration,
     )

@@ -1,6 +1,7 @@
 """Tables about retention plans."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
@@ -34,7 +35,11 @@ def print_plan(plan: RetentionPlan) -> None:
 
 
 def print_memory(
-    plans: Mapping[str, RetentionPlan], geometry: CacheGeometry, batch: int, dtype: str
+    plans: Mapping[str, RetentionPlan],
+    geometry: CacheGeometry,
+    batch: int,
+    dtype: str,
+    held: Mapping[str, int] = MappingProxyType({}),
 ) -> None:
     """Print the bytes of caches beside those of the baselines.
 
@@ -43,7 +48,7 @@ def print_memory(
       geometry: of the batch.
       batch: pictures generated at once.
       dtype: "float32" or "bfloat16", of the cache.
-      rows_per_picture: 2 with guidance, 1 without.
+      held: bytes of what is large besides, see ``protocol.Model.held_bytes``.
     """
     unguided = geometry.rows == batch
     reports = {name: MemoryReport.of(plan, geometry) for name, plan in plans.items()}
@@ -69,6 +74,8 @@ def print_memory(
         f"The reference holds {scales}, keys in float32, values in half precision. "
         "No step reads the last scale, so it is never stored here."
     )
+    for what, size in held.items():
+        print_line(f"Besides, {what} take {byte_size(size)}.")
     if unguided:
         print_line("The reference draws two rows per picture all the same; here it is given one.")
 

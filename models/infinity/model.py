@@ -37,6 +37,7 @@ class InfinityModel:
     """
 
     kind: ClassVar[str] = "infinity"
+    takes: ClassVar[str] = "prompts"
     drawing: ClassVar[Drawing] = Drawing(cfg=4.0, tau=0.5, top_k=0, top_p=0.97)
 
     transformer: InfinityConfig
@@ -123,10 +124,14 @@ class InfinityModel:
         """See ``protocol.Model.forced``; codes are [B, tokens, bits] of zeros and ones."""
         return from_grids(codes, self.tokenizer, schedule)
 
-    def condition_bytes(self, rows: int, condition: TextCondition, dtype: str) -> int:
-        """Return the bytes of the texts' keys and values in all blocks."""
-        config, tokens = self.transformer, condition.features.shape[1]
-        return 2 * config.depth * rows * tokens * config.width * jnp.dtype(dtype).itemsize
+    def held_bytes(
+        self, rows: int, condition: TextCondition | None, dtype: str
+    ) -> Mapping[str, int]:
+        """See ``protocol.Model.held_bytes``: the texts' keys and values in all blocks."""
+        config = self.transformer
+        tokens = config.text_maxlen if condition is None else condition.features.shape[1]
+        held = 2 * config.depth * rows * tokens * config.width * jnp.dtype(dtype).itemsize
+        return {f"keys and values of texts of {tokens} tokens": held}
 
     def guidance(self, drawing: Drawing) -> Guidance:
         """Return where guidance acts; nowhere, with one row per picture, if every cfg is 1.

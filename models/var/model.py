@@ -32,6 +32,7 @@ class VARModel:
     """
 
     kind: ClassVar[str] = "var"
+    takes: ClassVar[str] = "classes"
     drawing: ClassVar[Drawing] = Drawing()
     transformer: VARConfig
     tokenizer: VQVAEConfig
@@ -109,10 +110,9 @@ class VARModel:
             raise AmskvError(f"forced codes must lie between 0 and {vocab - 1}")
         return codes.astype(np.int32)
 
-    def condition_bytes(self, rows: int, condition: Any, dtype: str) -> int:
-        """Return the bytes of all blocks' modulation."""
-        config = self.transformer
-        return config.depth * rows * 6 * config.width * jnp.dtype(dtype).itemsize
+    def held_bytes(self, rows: int, condition: Any | None, dtype: str) -> Mapping[str, int]:
+        """See ``protocol.Model.held_bytes``."""
+        return {}
 
     def guidance(self, drawing: Drawing) -> Guidance:
         """See ``protocol.Model.guidance``; strength 0 is none."""
