@@ -253,12 +253,13 @@ def load(source: str | os.PathLike[str] | None = None, dtype: str | None = None)
     """Load a checkpoint onto the default device.
 
     Args:
-      source: a folder made by ``convert_var`` or ``init_checkpoint``, a packed checkpoint, or the
-        name of an embedded model; by default "var-cifar10".
+      source: a folder made by ``convert_var`` or ``init_checkpoint``, a packed checkpoint, an
+        address of the Hugging Face hub such as "hf://user/repository@revision", or the name of an
+        embedded model; by default "var-cifar10".
       dtype: "float32" or "bfloat16"; None takes the one in which the weights are stored.
 
     Raises:
-      AmskvError: if this is no checkpoint, or damaged.
+      AmskvError: if this is no checkpoint, or damaged, or cannot be downloaded.
     """
     place = find_checkpoint(source)
     parts = read_info(place).model.parts
