@@ -152,7 +152,7 @@ def fetch_sources(
 
     Args:
       kind: of the model, a key of ``ARCHITECTURES``.
-      sources: file or folder of every part, or an address, see ``checkpoints.hub.Address``.
+      sources: file or folder of every part, or an address, see ``checkpoints.address.Address``.
       report: told which files have no checksum in their address, and which one they have.
 
     Returns:

@@ -5,14 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from amskv_jax.checkpoints.hub import (
-    Address,
-    Fetched,
-    fetch_file,
-    fetch_first,
-    is_address,
-    verify,
-)
+from amskv_jax.checkpoints.address import Address, is_address
+from amskv_jax.checkpoints.hub import Fetched, fetch_file, fetch_first, verify
 from amskv_jax.convert.read import SUFFIXES, WEIGHTS, shard_names
 from amskv_jax.errors import AmskvError
 
@@ -29,7 +23,8 @@ def fetch_source(
     take, with config.json and what is needed beside them.
 
     Args:
-      source: an address, see ``hub.Address``; anything else is a path, and stays what it is.
+      source: an address, see ``checkpoints.address.Address``; anything else is a path, and stays
+        what it is.
       beside: names of small files that are needed beside the weights.
       report: told which files have no checksum in their address, and which one they have.
 

@@ -65,7 +65,8 @@ class Hub:
 
     def downloads(self):
         """Return how many downloads of contents were begun."""
-        return sum(m == "GET" and "/resolve/" in p or "/lfs/" in p for m, p, _ in self.requests)
+        paths = [path for method, path, _ in self.requests if method == "GET"]
+        return sum("/resolve/" in path or "/lfs/" in path for path in paths)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -4,7 +4,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from amskv_jax.checkpoints.hub import Address, fetch_checkpoint, fetch_stats, is_address
+from amskv_jax.checkpoints.address import Address, is_address
+from amskv_jax.checkpoints.hub import fetch_checkpoint, fetch_stats
 from amskv_jax.errors import AmskvError
 
 DEFAULT_MODEL = "var-cifar10"
@@ -28,7 +29,7 @@ def find_checkpoint(name: str | os.PathLike[str] | None) -> Path:
     """Return where a checkpoint is.
 
     Args:
-      name: its folder or file, an address of the Hugging Face hub (see ``hub.Address``), or the
+      name: its folder or file, an address of the Hugging Face hub (see ``address.Address``), or the
         name of an embedded model; None for the default model.
 
     Raises:

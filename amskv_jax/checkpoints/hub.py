@@ -5,7 +5,6 @@ The work is done by huggingface_hub (the extra "hub"): a file is downloaded once
 ``HF_HUB_OFFLINE=1`` only the cache is read. ``HF_ENDPOINT`` names another server.
 """
 
-import errno
 import hashlib
 import os
 import re
@@ -15,71 +14,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from urllib.parse import unquote
 
+from amskv_jax.checkpoints.address import FORM, Address, is_address
+from amskv_jax.checkpoints.hub_errors import MissingError, UnreachableError, explain
 from amskv_jax.errors import AmskvError, UsageError
 
-SCHEME = "hf://"
 LIBRARY = "amskv-jax"
 CONFIG = "config.json"
 PACKED = "model.safetensors"
 """What a packed checkpoint is called in a repository."""
-
-_FORM = "hf://user/repository[@revision][/path][#sha256=checksum]"
-_ADDRESS = re.compile(
-    # One slash is left where the text went through a path of this machine.
-    r"hf:/{1,2}(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^/@#]+))?"
-    r"(/(?P<path>[^#]*))?(#sha256=(?P<sha256>[0-9a-f]{64}))?"
-)
-
-
-class _MissingError(AmskvError):
-    """The repository has no such file."""
-
-
-class _UnreachableError(AmskvError):
-    """The file is not in the cache, and there is no way to the hub."""
-
-
-@dataclass(frozen=True)
-class Address:
-    """What lies on the hub.
-
-    Attributes:
-      repo: "user/repository".
-      path: of a file or folder in it; empty for the whole.
-      revision: branch, tag or commit; empty for the newest.
-      sha256: of a file, in hexadecimal; empty if it is not known.
-    """
-
-    repo: str
-    path: str = ""
-    revision: str = ""
-    sha256: str = ""
-
-    @classmethod
-    def parse(cls, text: str | os.PathLike[str]) -> "Address":
-        """Read an address.
-
-        Raises:
-          UsageError: if it is none.
-        """
-        match = _ADDRESS.fullmatch(str(text))
-        path = (match["path"] or "").strip("/") if match else ""
-        if match is None or {"", ".", ".."} & set(path.split("/") if path else ()):
-            raise UsageError(f"{text} is no address of the Hugging Face hub: expected {_FORM}")
-        revision = unquote(match["revision"] or "")
-        return cls(match["repo"], path, revision, match["sha256"] or "")
-
-    def __str__(self) -> str:
-        revision = "@" + self.revision.replace("/", "%2F") if self.revision else ""
-        path = f"/{self.path}" if self.path else ""
-        checksum = f"#sha256={self.sha256}" if self.sha256 else ""
-        return f"{SCHEME}{self.repo}{revision}{path}{checksum}"
-
-    def inside(self, name: str) -> "Address":
-        """Return the address of what lies in this folder."""
-        return replace(self, path=f"{self.path}/{name}" if self.path else name, sha256="")
 
 
 @dataclass(frozen=True)
@@ -93,11 +36,6 @@ class Fetched:
 
     address: Address
     path: Path
-
-
-def is_address(source: object) -> bool:
-    """Return whether this names something on the hub, and not on this machine."""
-    return isinstance(source, str | os.PathLike) and str(source).startswith("hf:/")
 
 
 def fetch(source: str | os.PathLike[str], *, endpoint: str | None = None) -> Path:
@@ -132,7 +70,7 @@ def fetch_file(address: Address, *, endpoint: str | None = None, cached: bool = 
         huggingface_hub is not installed.
     """
     if not address.path:
-        raise UsageError(f"{address} is a repository, expected a file in it: {_FORM}")
+        raise UsageError(f"{address} is a repository, expected a file in it: {FORM}")
     with _asking(address, endpoint) as hub:
         path = hub.hf_hub_download(
             address.repo,
@@ -155,16 +93,16 @@ def fetch_first(
     Raises:
       AmskvError: as ``fetch_file`` does.
     """
-    unreachable: _UnreachableError | None = None
+    unreachable: UnreachableError | None = None
     for name in names:
         try:
             # Waiting for the hub once is enough.
             return fetch_file(
                 folder.inside(name), endpoint=endpoint, cached=unreachable is not None
             )
-        except _MissingError:
+        except MissingError:
             continue
-        except _UnreachableError as error:
+        except UnreachableError as error:
             unreachable = unreachable or error
     if unreachable is not None:
         raise unreachable
@@ -293,95 +231,3 @@ def _asking(address: Address, endpoint: str | None) -> Iterator[Any]:
     # version.
     except Exception as error:
         raise explain(error, address, endpoint) from error
-
-
-def explain(
-    error: Exception, address: Address, endpoint: str | None = None, *, pushing: bool = False
-) -> AmskvError:
-    """Return what an error of huggingface_hub means, and what to do.
-
-    Args:
-      error: what it raised.
-      address: what was asked for.
-      endpoint: of which server; that of ``HF_ENDPOINT`` if not given.
-      pushing: whether something was to be written there.
-    """
-    from huggingface_hub import constants, errors  # noqa: PLC0415
-
-    if isinstance(error, AmskvError):
-        return error
-    names = [name for name in _MEANINGS if isinstance(error, getattr(errors, name, ()))]
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    meaning = _MEANINGS[names[0]] if names else _FAILED
-    if status in (401, 403) and (pushing or not names):
-        meaning = _FORBIDDEN
-    elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        meaning = _DISK_FULL
-    elif meaning is _UNREACHABLE and constants.HF_HUB_OFFLINE:
-        meaning = _OFFLINE
-    message = meaning.message.format(
-        address=address,
-        repo=address.repo,
-        path=address.path,
-        revision=address.revision or "main",
-        use="write to" if pushing else "read",
-        hub=f"the hub ({endpoint or constants.ENDPOINT})",
-        url=f"{endpoint or constants.ENDPOINT}/{address.repo}",
-        cache=constants.HF_HUB_CACHE,
-        reason=_reason(error.__cause__ or error),
-        login="log in with `hf auth login`, or set HF_TOKEN",
-    )
-    return meaning.error(message)
-
-
-@dataclass(frozen=True)
-class _Meaning:
-    """What an error is to a user: its text, and its class where callers tell it from others."""
-
-    message: str
-    error: type[AmskvError] = AmskvError
-
-
-_UNREACHABLE = _Meaning(
-    "{address} is not in the cache {cache}, and {hub} cannot be reached: look at your connection, "
-    "or copy the cache from a machine that has it ({reason})",
-    _UnreachableError,
-)
-_OFFLINE = _Meaning(
-    "{hub} is not to be asked for {address}, as HF_HUB_OFFLINE is set, and the cache {cache} does "
-    "not have it: unset HF_HUB_OFFLINE, or copy the cache from a machine that has it",
-    _UnreachableError,
-)
-_FORBIDDEN = _Meaning("{hub} does not let you {use} {repo}: {login} to a token that may")
-_DISK_FULL = _Meaning(
-    "the disk is too full for {address}: free some of it, or set HF_HOME, now that of the cache "
-    "{cache}, to a folder on another"
-)
-_FAILED = _Meaning("{hub} failed while it was to {use} {address}: {reason}. Try again later")
-_MEANINGS = {
-    "LocalEntryNotFoundError": _UNREACHABLE,
-    "OfflineModeIsEnabled": _UNREACHABLE,
-    "GatedRepoError": _Meaning(
-        "{hub} lets only those read {repo} whom its owners allow to: ask for access at {url}, then "
-        "{login}"
-    ),
-    "RepositoryNotFoundError": _Meaning(
-        "{hub} has no repository {repo}, or it is private: look at the name; if it is private, "
-        "{login}"
-    ),
-    "RevisionNotFoundError": _Meaning(
-        "{repo} has no revision {revision} on {hub}: expected a branch, a tag or a commit"
-    ),
-    "EntryNotFoundError": _Meaning(
-        "{repo} has no {path} in its revision {revision} on {hub}: see its files at "
-        "{url}/tree/{revision}",
-        _MissingError,
-    ),
-}
-"""Errors of huggingface_hub by name: the first that fits counts, as some are kinds of others."""
-
-
-def _reason(error: BaseException) -> str:
-    """Return the first line of an error's message that says something."""
-    lines = [line.strip().rstrip(".:") for line in str(error).splitlines()]
-    return next(filter(None, lines), type(error).__name__)

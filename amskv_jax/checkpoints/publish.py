@@ -9,18 +9,17 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from amskv_jax.checkpoints.address import Address, is_address
 from amskv_jax.checkpoints.card import MARK, model_card
 from amskv_jax.checkpoints.folder import check_checkpoint
 from amskv_jax.checkpoints.hub import (
     CONFIG,
     LIBRARY,
     PACKED,
-    Address,
-    explain,
     fetch_file,
     huggingface_hub,
-    is_address,
 )
+from amskv_jax.checkpoints.hub_errors import explain
 from amskv_jax.checkpoints.info import CheckpointInfo, parse_info
 from amskv_jax.errors import AmskvError, UsageError
 from amskv_jax.plan.retention import RetentionPlan
@@ -99,7 +98,7 @@ def push(
             [*deletions, *additions],
             commit_message=f"{info.kind} checkpoint, fingerprint {info.fingerprint}",
         )
-    except Exception as error:  # see ``hub.explain``
+    except Exception as error:  # see ``hub._asking``
         raise explain(error, address, endpoint, pushing=True) from error
     return Address(address.repo, revision=commit.oid)
 
