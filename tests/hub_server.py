@@ -243,6 +243,15 @@ class _Handler(BaseHTTPRequestHandler):
         self.json({"commitUrl": f"{self.hub.url}/{name}/commit/{commit}", "commitOid": commit})
 
 
+def end_sessions():
+    """Close the client's connections, whatever its version calls this."""
+    import huggingface_hub
+    from huggingface_hub import utils
+
+    end = getattr(huggingface_hub, "close_session", None) or utils.reset_sessions
+    end()
+
+
 @contextmanager
 def serving():
     """Run a hub for as long as the context lasts."""

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hub_server import TOKEN
+from hub_server import TOKEN, end_sessions
 from safetensors.numpy import save
 
 from amskv_jax.checkpoints import published
@@ -168,6 +168,7 @@ def test_offline(hub, monkeypatch):
     hub.add("user/model", {"weights.pth": WEIGHTS, "other.pth": b"other"})
     fetch(FILE)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    end_sessions()  # older versions look at this when they begin one
     before = len(hub.requests)
     assert fetch(FILE).read_bytes() == WEIGHTS
     refused("as HF_HUB_OFFLINE is set", fetch, "hf://user/model/other.pth")

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,7 +20,8 @@ from amskv_jax.checkpoints.address import FORM, Address, is_address
 from amskv_jax.checkpoints.hub_errors import MissingError, UnreachableError, explain
 from amskv_jax.errors import AmskvError, UsageError
 
-LIBRARY = "amskv-jax"
+LIBRARY = {"library_name": "amskv-jax", "library_version": version("amskv-jax")}
+"""Who asks, for the hub's statistics."""
 CONFIG = "config.json"
 PACKED = "model.safetensors"
 """What a packed checkpoint is called in a repository."""
@@ -77,7 +79,7 @@ def fetch_file(address: Address, *, endpoint: str | None = None, cached: bool = 
             address.path,
             revision=address.revision or None,
             endpoint=endpoint,
-            library_name=LIBRARY,
+            **LIBRARY,
             local_files_only=cached,
         )
     # The cache has a folder for every commit, with the files as they lie in the repository.
@@ -125,7 +127,7 @@ def fetch_folder(address: Address, patterns: Sequence[str], *, endpoint: str | N
             address.repo,
             revision=address.revision or None,
             endpoint=endpoint,
-            library_name=LIBRARY,
+            **LIBRARY,
             allow_patterns=[address.inside(pattern).path for pattern in patterns],
         )
     return Path(folder) / address.path

@@ -73,7 +73,7 @@ def push(
         plan = RetentionPlan.load(file, info.model.schedule)
         plan.check(info.model.cache_shape(info.model.schedule))
     hub = huggingface_hub(address)
-    api = hub.HfApi(endpoint=endpoint, library_name=LIBRARY)
+    api = hub.HfApi(endpoint=endpoint, **LIBRARY)
     try:
         api.create_repo(address.repo, private=private or None, exist_ok=True)
         there = set(api.list_repo_files(address.repo))
