@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from amskv_jax.cache.layout import CacheLayout
     from amskv_jax.cache.store import KVCache
     from amskv_jax.checkpoints.folder import CheckpointInfo, load_checkpoint, save_checkpoint
+    from amskv_jax.checkpoints.hub import fetch
     from amskv_jax.checkpoints.initialize import init_checkpoint
+    from amskv_jax.checkpoints.publish import push
     from amskv_jax.configs import ModelConfig
     from amskv_jax.convert import convert_var, export_checkpoint
     from amskv_jax.decode import decode
@@ -59,7 +61,9 @@ _MODULE_OF = {
         "errors": ("AmskvError", "UsageError"),
         "decode": ("decode",),
         "generate": ("Sampler", "Samples", "picture_keys"),
+        "checkpoints.hub": ("fetch",),
         "checkpoints.initialize": ("init_checkpoint",),
+        "checkpoints.publish": ("push",),
         "plan.memory": ("CacheGeometry", "MemoryReport"),
         "models.guidance": ("Controls", "Drawing", "Guidance"),
         "models.var.config": ("VARConfig", "VQVAEConfig"),
@@ -124,10 +128,12 @@ __all__ = [
     "convert_var",
     "decode",
     "export_checkpoint",
+    "fetch",
     "init_checkpoint",
     "load",
     "load_checkpoint",
     "picture_keys",
+    "push",
     "save_checkpoint",
 ]
 

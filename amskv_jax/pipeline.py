@@ -268,14 +268,15 @@ def load(
     """Load a checkpoint onto the default device.
 
     Args:
-      source: a folder made by ``convert_var`` or ``init_checkpoint``, a packed checkpoint, or the
-        name of an embedded model; by default "var-cifar10".
+      source: a folder made by ``convert_var`` or ``init_checkpoint``, a packed checkpoint, an
+        address of the Hugging Face hub such as "hf://user/repository@revision", or the name of an
+        embedded model; by default "var-cifar10".
       dtype: "float32" or "bfloat16"; None takes the one in which the weights are stored.
       weights: load them too; plans and conditions need none. The text encoder's never are: it is
         loaded when there are prompts to encode, and dropped again.
 
     Raises:
-      AmskvError: if this is no checkpoint, or damaged.
+      AmskvError: if this is no checkpoint, or damaged, or cannot be downloaded.
     """
     place = find_checkpoint(source)
     info = read_info(place)

@@ -19,6 +19,7 @@ from amskv_jax.checkpoints.weights import storage_dtype
 from amskv_jax.checkpoints.writer import CheckpointWriter
 from amskv_jax.convert import bsq, infinity, t5, var, vqvae
 from amskv_jax.convert.architecture import Architecture, Found
+from amskv_jax.convert.download import Report, fetch_source
 from amskv_jax.convert.read import Source, read_state_dict
 from amskv_jax.convert.table import Shape, StateDict, entries_of
 from amskv_jax.convert.write import writing_safetensors
@@ -91,8 +92,9 @@ def convert(
 
     Args:
       kind: of the model, a key of ``ARCHITECTURES``.
-      sources: file or folder of every part, see ``read.read_state_dict``. One file can hold several
-        parts. Parts which the kind can lack may be missing.
+      sources: file or folder of every part, see ``read.read_state_dict``, or its address on the
+        Hugging Face hub, see ``fetch_sources``. One file can hold several parts. Parts which the
+        kind can lack may be missing.
       out: the folder to make; it must not exist or be empty.
       dtype: "float32" or "bfloat16", see ``weights.storage_dtype``.
       settings: what neither shapes nor files tell about the model, by the reference's names.
@@ -110,7 +112,7 @@ def convert(
     check_new_directory(Path(out))
     storage_dtype("", dtype)  # complains about an unknown type before anything is read
     architectures = _architectures(kind, sources)
-    opened, found = _open(architectures, sources, settings or {})
+    opened, found = _open(architectures, fetch_sources(kind, sources), settings or {})
     configs = {part: known.config for part, known in found.items()}
     for part, source in opened.items():
         architecture = architectures[part]
@@ -139,6 +141,30 @@ def convert(
         for name, content in files.items():
             writer.add_file(name, content)
     return writer.info
+
+
+def fetch_sources(
+    kind: str,
+    sources: Mapping[str, str | os.PathLike[str]],
+    report: Report | None = None,
+) -> dict[str, Path]:
+    """Download what is to be converted, as far as it lies on the Hugging Face hub.
+
+    Args:
+      kind: of the model, a key of ``ARCHITECTURES``.
+      sources: file or folder of every part, or an address, see ``checkpoints.address.Address``.
+      report: told which files have no checksum in their address, and which one they have.
+
+    Returns:
+      Files and folders of this machine.
+
+    Raises:
+      AmskvError: if a file cannot be had, or has another checksum than its address says.
+    """
+    return {
+        part: fetch_source(sources[part], architecture.files, report)
+        for part, architecture in _architectures(kind, sources).items()
+    }
 
 
 def convert_var(

@@ -14,7 +14,7 @@ from amskv_jax.convert.tensors import Tensor, read_safetensors, read_torch
 from amskv_jax.errors import AmskvError
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
-_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
+SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """Names of the hub for weights in one piece; those of an index have ".index.json" behind."""
 
@@ -109,7 +109,7 @@ def _weight_files(path: Path) -> list[Path]:
         if (path / name).exists():
             return [path / name]
     indices = sorted(path.glob("*.index.json"))
-    files = [file for file in sorted(path.iterdir()) if file.suffix in _SUFFIXES]
+    files = [file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES]
     for kind in (indices, files):
         if len(kind) == 1:
             return _shards(kind[0]) if kind is indices else kind
@@ -119,12 +119,22 @@ def _weight_files(path: Path) -> list[Path]:
     raise AmskvError(f"{path} is a folder without {' or '.join(WEIGHTS)}")
 
 
-def _shards(index: Path) -> list[Path]:
-    """Return the files that an index names."""
+def shard_names(index: Path) -> list[str]:
+    """Return the names of the files in which the weights are, according to an index beside them.
+
+    Raises:
+      AmskvError: if it is damaged.
+    """
     places = _read_json(index).get("weight_map")
     names = sorted(set(places.values())) if isinstance(places, dict) else []
     if not names or any(Path(str(name)).name != name for name in names):
         raise AmskvError(f"{index} is damaged: it does not say in which files the weights are")
+    return names
+
+
+def _shards(index: Path) -> list[Path]:
+    """Return the files that an index names."""
+    names = shard_names(index)
     missing = [name for name in names if not (index.parent / name).exists()]
     if missing:
         raise AmskvError(

@@ -18,6 +18,7 @@ os.environ.setdefault(
 import jax
 import numpy as np
 import pytest
+from hub_server import TOKEN, end_sessions, serving
 from reference_weights import recipe_state
 from safetensors.numpy import save_file
 
@@ -111,3 +112,34 @@ def files(transformer, tokenizer, write):
 @pytest.fixture
 def torch():
     return pytest.importorskip("torch")
+
+
+@pytest.fixture
+def turn_to(monkeypatch):
+    """Let the hub's client turn to another server, as if HF_ENDPOINT had always named it."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    file_download = pytest.importorskip("huggingface_hub.file_download")
+
+    def turn_to(url):
+        rest = constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
+        for place in (constants, file_download):  # older versions copy it
+            monkeypatch.setattr(place, "HUGGINGFACE_CO_URL_TEMPLATE", url + rest, raising=False)
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+
+    return turn_to
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch, turn_to):
+    """A hub, to which the client turns, with a cache of its own and the token of the tests."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    with serving() as server:
+        turn_to(server.url)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        # Another protocol, for which there is no small server.
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield server
+        end_sessions()

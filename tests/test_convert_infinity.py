@@ -10,6 +10,7 @@ from checks import assert_same_state, message, to_torch
 from reference_weights import recipe_params, recipe_state
 from safetensors.numpy import load_file, save_file
 
+from amskv_jax.checkpoints import published
 from amskv_jax.checkpoints.folder import load_checkpoint, read_file, read_info
 from amskv_jax.checkpoints.packed import pack_checkpoint
 from amskv_jax.convert import convert
@@ -81,6 +82,30 @@ def test_published_files_to_a_checkpoint_and_back(sources, states, amskv, tmp_pa
     for part, state in states.items():
         assert_same_state(load_file(tmp_path / "back" / f"{part}.safetensors"), state)
     assert (tmp_path / "back" / "tokenizer.json").read_bytes() == VOCABULARY
+
+
+def test_published_files_from_the_hub(hub, sources, amskv, tmp_path, monkeypatch):
+    """Shards in a folder, a file and a whole repository, from two repositories, by one name."""
+    weights = {p.relative_to(tmp_path).as_posix(): p.read_bytes() for p in tmp_path.rglob("*.*")}
+    ours = {name: content for name, content in weights.items() if not name.startswith("flan-t5")}
+    hub.add("maker/Infinity", ours)
+    others = {n.removeprefix("flan-t5/"): c for n, c in weights.items() if n not in ours}
+    commit = hub.add("google/t5", others | {"flax_model.msgpack": b"the same again"})
+    parts = {
+        "transformer": "hf://maker/Infinity/infinity_8b_weights",
+        "tokenizer": "hf://maker/Infinity/infinity_vae_d8.pth",
+        "text_encoder": f"hf://google/t5@{commit}",
+    }
+    model = published.Published("a small Infinity", "infinity", parts)
+    monkeypatch.setitem(published.PUBLISHED, "infinity-2b", model)
+    done = amskv("convert", "infinity-2b", "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert done.out.count("unchecked") == len(sources) + 2  # three shards
+    assert read_info(tmp_path / "out").model == MODEL
+    assert read_file(tmp_path / "out", "tokenizer.json") == VOCABULARY
+    some = ("--parts", "transformer,tokenizer")
+    assert amskv("convert", "infinity-2b", *some, "--out", tmp_path / "some").code == 0
+    assert read_info(tmp_path / "some").model == replace(MODEL, text_encoder=None)
 
 
 def test_the_text_encoder_may_be_missing(sources, tmp_path):

@@ -4,6 +4,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from amskv_jax.checkpoints.address import Address, is_address
+from amskv_jax.checkpoints.hub import fetch_checkpoint, fetch_stats
 from amskv_jax.errors import AmskvError
 
 DEFAULT_MODEL = "var-cifar10"
@@ -27,11 +29,15 @@ def find_checkpoint(name: str | os.PathLike[str] | None) -> Path:
     """Return where a checkpoint is.
 
     Args:
-      name: its folder or file, or the name of an embedded model; None for the default model.
+      name: its folder or file, an address of the Hugging Face hub (see ``address.Address``), or the
+        name of an embedded model; None for the default model.
 
     Raises:
-      AmskvError: if the default model is asked for, but is not in this installation.
+      AmskvError: if the default model is asked for, but is not in this installation; or if the hub
+        does not have the checkpoint, or cannot be reached.
     """
+    if name is not None and is_address(name):
+        return fetch_checkpoint(Address.parse(name))
     if name is None:
         name = DEFAULT_MODEL
         if name not in embedded_models():
@@ -40,7 +46,16 @@ def find_checkpoint(name: str | os.PathLike[str] | None) -> Path:
 
 
 def find_stats(name: str | os.PathLike[str]) -> Path:
-    """Return where layer statistics are: ``name`` is their file, or that of an embedded model."""
+    """Return where layer statistics are.
+
+    Args:
+      name: their file, an address of the Hugging Face hub, or the name of an embedded model.
+
+    Raises:
+      AmskvError: if the hub does not have them, or cannot be reached.
+    """
+    if is_address(name):
+        return fetch_stats(Address.parse(name))
     return _find(name, WEIGHTS / "stats", ".npz")
 
 

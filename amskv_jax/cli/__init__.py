@@ -17,6 +17,7 @@ from amskv_jax.cli import (
     init,
     pack,
     plan,
+    push,
     sample,
     study,
     train,
@@ -43,6 +44,7 @@ app.command()(info.info)
 app.command()(init.init)
 app.command()(pack.pack)
 app.command(cls=PolicyCommand)(plan.plan)
+app.command()(push.push)
 app.command(cls=PolicyCommand)(sample.sample)
 app.add_typer(study.app, name="study")
 app.add_typer(train.app, name="train")

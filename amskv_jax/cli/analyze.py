@@ -9,7 +9,7 @@ import typer
 from amskv_jax.checkpoints.embedded import find_stats
 from amskv_jax.cli.console import print_line, progress
 from amskv_jax.cli.files import check_outputs
-from amskv_jax.cli.options import ForceOption, parse_numbers
+from amskv_jax.cli.options import ForceOption, finding, parse_numbers
 from amskv_jax.files import replacing
 
 
@@ -19,7 +19,7 @@ def analyze(
         Path,
         typer.Option(
             help="Layer statistics, as `amskv calibrate` writes them, or an embedded model's.",
-            parser=find_stats,
+            parser=finding(find_stats),
             metavar="PATH",
         ),
     ],

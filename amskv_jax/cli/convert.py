@@ -1,13 +1,16 @@
-"""``amskv convert``: from PyTorch checkpoints, one command for every kind of model."""
+"""``amskv convert``: from PyTorch checkpoints, one command for every kind and published model."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from amskv_jax.checkpoints.published import PUBLISHED
 from amskv_jax.cli.console import print_line, progress
 from amskv_jax.cli.options import Dtype, OutFolderOption, parse_numbers
+from amskv_jax.errors import UsageError
+from amskv_jax.files import check_new_directory
 
 app = typer.Typer(
     help="Convert weights of a PyTorch reference to a checkpoint.", no_args_is_help=True
@@ -16,7 +19,10 @@ app = typer.Typer(
 TransformerOption = Annotated[
     Path,
     typer.Option(
-        "--transformer", help="The transformer: .pth, .safetensors, or a folder of the HF hub."
+        "--transformer",
+        "--from",
+        help="The transformer: .pth, .safetensors, a folder of the HF hub, or an address there, "
+        'hf://user/repository[@revision]/path[#sha256=checksum] (needs the extra "hub").',
     ),
 ]
 TokenizerOption = Annotated[
@@ -95,12 +101,14 @@ def _convert(
     keep_not_finite: bool,
 ) -> None:
     """Convert the parts of a model; a part which a checkpoint can lack may not be among them."""
-    from amskv_jax.convert import convert  # noqa: PLC0415
+    from amskv_jax.convert import convert, fetch_sources  # noqa: PLC0415
 
+    check_new_directory(out)  # before anything is downloaded
+    fetched = fetch_sources(kind, sources, report=print_line)
     with progress("reading") as update:
         convert(
             kind,
-            sources,
+            fetched,
             out,
             dtype=dtype.value,
             settings=settings,
@@ -108,3 +116,35 @@ def _convert(
             progress=update,
         )
     print_line(f"wrote {out}")
+
+
+def _preset(name: str) -> Callable[..., None]:
+    """Return the command that converts a published model."""
+
+    def preset(
+        out: OutFolderOption,
+        dtype: DtypeOption = Dtype.FLOAT32,
+        parts: Annotated[
+            str | None,
+            typer.Option(
+                help="The parts to convert; all of them if not given.",
+                metavar=",".join(PUBLISHED[name].parts),
+            ),
+        ] = None,
+        keep_not_finite: KeepOption = False,
+    ) -> None:
+        published = PUBLISHED[name]
+        wanted = [part.strip() for part in parts.split(",")] if parts else list(published.parts)
+        unknown = sorted(set(wanted) - published.parts.keys())
+        if unknown:
+            raise UsageError(
+                f"{name} has no part {unknown[0]!r}: expected {', '.join(published.parts)}"
+            )
+        sources = {part: Path(published.parts[part]) for part in wanted}
+        _convert(published.kind, sources, out, dtype, {}, keep_not_finite)
+
+    return preset
+
+
+for _name, _published in PUBLISHED.items():
+    app.command(_name, help=f"Download and convert {_published.description}.")(_preset(_name))

@@ -1,5 +1,6 @@
 """Options which several commands have, and readers of their values."""
 
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -7,7 +8,8 @@ from typing import Annotated
 import typer
 
 from amskv_jax.checkpoints.embedded import find_checkpoint, find_stats
-from amskv_jax.errors import UsageError
+from amskv_jax.cli.console import print_error
+from amskv_jax.errors import AmskvError, UsageError
 from amskv_jax.words import read_ranges
 
 
@@ -37,13 +39,30 @@ class CacheDtype(StrEnum):
     INT2 = "int2"
 
 
+def finding(find: Callable[[str], Path]) -> Callable[[str], Path]:
+    """Return a parser of an option that finds a file, and may have to download it.
+
+    Its errors are printed as those of any command: typer would take them for wrong usage.
+    """
+
+    def parse(text: str) -> Path:
+        try:
+            return find(text)
+        except AmskvError as error:
+            print_error(str(error))
+            raise typer.Exit(2 if isinstance(error, UsageError) else 1) from error
+
+    return parse
+
+
 CheckpointOption = Annotated[
     Path,
     typer.Option(
         "--checkpoint",
-        help="Folder made by `amskv convert`, `train` or `init`, file made by `amskv pack`, or the "
-        "embedded model var-cifar10.",
-        parser=find_checkpoint,
+        help="Folder made by `amskv convert`, `train` or `init`, file made by `amskv pack`, "
+        "repository made by `amskv push` (hf://user/repository), or the embedded model "
+        "var-cifar10.",
+        parser=finding(find_checkpoint),
         metavar="PATH",
     ),
 ]
@@ -63,8 +82,9 @@ StatsOption = Annotated[
     typer.Option(
         "--stats",
         help="Layer statistics of this model, for policies that follow from them: a file made by "
-        "`amskv calibrate`, or var-cifar10 for those of the embedded model.",
-        parser=find_stats,
+        "`amskv calibrate`, its address on the hub (hf://...), or var-cifar10 for those of the "
+        "embedded model.",
+        parser=finding(find_stats),
         metavar="PATH",
     ),
 ]

@@ -9,7 +9,7 @@ import typer
 from amskv_jax.checkpoints.embedded import find_checkpoint
 from amskv_jax.cli.console import print_line, progress
 from amskv_jax.cli.files import check_outputs, check_suffix
-from amskv_jax.cli.options import CacheDtypeOption, Dtype, ForceOption, StatsOption
+from amskv_jax.cli.options import CacheDtypeOption, Dtype, ForceOption, StatsOption, finding
 from amskv_jax.cli.policy import PlanFileOption, PolicyOption, choose_policy
 from amskv_jax.cli.wanted import AspectOption, CfgOption, SizeOption, drawing_of
 from amskv_jax.errors import UsageError
@@ -30,7 +30,7 @@ def plan(
         Path | None,
         typer.Option(
             help="Checkpoint to plan for, in place of a known model.",
-            parser=find_checkpoint,
+            parser=finding(find_checkpoint),
             metavar="PATH",
         ),
     ] = None,

@@ -10,7 +10,9 @@ from rich.markup import escape
 from rich.padding import Padding
 from typer.core import TyperCommand
 
+from amskv_jax.checkpoints.hub import fetch
 from amskv_jax.cli.console import make_console
+from amskv_jax.cli.options import finding
 from amskv_jax.errors import UsageError
 
 if TYPE_CHECKING:
@@ -27,7 +29,13 @@ PolicyOption = Annotated[
 ]
 PlanFileOption = Annotated[
     Path | None,
-    typer.Option("--plan", help="Plan file; the same as --policy explicit:path=FILE."),
+    typer.Option(
+        "--plan",
+        help="Plan file, or its address on the hub (hf://...); the same as --policy "
+        "explicit:path=FILE.",
+        parser=finding(fetch),
+        metavar="PATH",
+    ),
 ]
 PoliciesOption = Annotated[
     str,
