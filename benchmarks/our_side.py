@@ -14,10 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from shapes import model_of
 
 from amskv_jax.benchmark import OutOfMemoryError, measure
+from amskv_jax.checkpoints.weights import storage_dtype
 from amskv_jax.cli.policy import make_policy
 from amskv_jax.drawing import Drawer
 from amskv_jax.generate import Sampler, picture_keys
@@ -95,9 +97,6 @@ def sampler_of(options: argparse.Namespace) -> Sampler:
 
 def example_shapes(sampler: Sampler, batch: int) -> tuple[Any, Any, Any, Any]:
     """Return the arguments of a sampler, weights and keys as structs of their shapes."""
-    from amskv_jax.checkpoints.weights import storage_dtype  # noqa: PLC0415
-    from flax.traverse_util import unflatten_dict  # noqa: PLC0415
-
     model = sampler.model
     shapes = {
         f"{part}/{path}": jax.ShapeDtypeStruct(shape, storage_dtype(path, sampler.dtype))
@@ -116,7 +115,7 @@ def product_operations(sampler: Sampler, batch: int) -> int:
     Attention counts as the two products that it is, over the keys that the plan keeps.
     """
     plain = replace(sampler, attention="xla")  # whose products can be seen
-    traced = jax.make_jaxpr(lambda *arguments: plain(*arguments))(*example_shapes(plain, batch))
+    traced = jax.make_jaxpr(plain)(*example_shapes(plain, batch))
     return _operations(traced.jaxpr)
 
 

@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, required=True)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--text-tokens", type=int, default=64)
+    parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
 
@@ -39,10 +40,12 @@ def main() -> None:
     notes = stand_ins() if shape["kind"] == "infinity" else []  # VAR does without
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
+    if options.eager or device.type == "cpu":  # where it needs a C++ compiler
+        torch.compile = lambda *args, **_: args[0] if args else (lambda function: function)
+        notes.append("torch.compile is switched off")
     build = {"var": var, "infinity": infinity}[shape["kind"]]
     try:
-        with torch.device(device):
-            call = build(shape, options.batch, options.text_tokens, device)
+        call = build(shape, options.batch, options.text_tokens, device)
         result = measure(call, options.batch, options.repeats, device)
     except torch.OutOfMemoryError as error:
         result = {"error": "out of memory", "detail": str(error).partition("\n")[0]}
@@ -80,30 +83,32 @@ def var(
 ) -> Callable[[], Any]:
     """Return a call that draws with VAR under float16 autocast, as its demo does."""
     import dist  # noqa: PLC0415
+
     import models  # noqa: PLC0415
 
     dist.set_gpu_id(0 if device.type == "cuda" else None)
     patches = tuple(height for height, _ in shape["grids"])
-    vae = models.VQVAE(
-        vocab_size=shape["vocab_size"],
-        z_channels=shape["latent_channels"],
-        ch=shape["tokenizer_channels"],
-        share_quant_resi=shape["num_phi"],
-        v_patch_nums=patches,
-    )
-    model = models.VAR(
-        vae_local=vae,
-        num_classes=shape["num_classes"],
-        depth=shape["depth"],
-        embed_dim=shape["width"],
-        num_heads=shape["num_heads"],
-        mlp_ratio=shape["mlp_ratio"],
-        shared_aln=shape["shared_aln"],
-        attn_l2_norm=shape["attn_l2_norm"],
-        norm_eps=1e-6,
-        patch_nums=patches,
-    )
-    model.init_weights(init_adaln=0.5, init_adaln_gamma=1e-5, init_head=0.02, init_std=-1)
+    with device:
+        vae = models.VQVAE(
+            vocab_size=shape["vocab_size"],
+            z_channels=shape["latent_channels"],
+            ch=shape["tokenizer_channels"],
+            share_quant_resi=shape["num_phi"],
+            v_patch_nums=patches,
+        )
+        model = models.VAR(
+            vae_local=vae,
+            num_classes=shape["num_classes"],
+            depth=shape["depth"],
+            embed_dim=shape["width"],
+            num_heads=shape["num_heads"],
+            mlp_ratio=shape["mlp_ratio"],
+            shared_aln=shape["shared_aln"],
+            attn_l2_norm=shape["attn_l2_norm"],
+            norm_eps=1e-6,
+            patch_nums=patches,
+        )
+        model.init_weights(init_adaln=0.5, init_adaln_gamma=1e-5, init_head=0.02, init_std=-1)
     for module in (vae, model):
         module.to(device).eval().requires_grad_(False)
     vae.fhat_to_img = lambda latent: latent  # the transformer alone
@@ -126,8 +131,6 @@ def infinity(
     shape: dict[str, Any], batch: int, text_tokens: int, device: torch.device
 ) -> Callable[[], Any]:
     """Return a call that draws with Infinity: blocks in bfloat16, fused norms, as published."""
-    if device.type == "cpu":  # where PyTorch compiles with a C++ compiler, which may be missing
-        torch.compile = lambda *args, **options: args[0] if args else (lambda function: function)
     torch._dynamo.config.cache_size_limit = 64  # as the reference's own tools
     from infinity.models.bsq_vae.multiscale_bsq import MultiScaleBSQ  # noqa: PLC0415
     from infinity.models.infinity import Infinity  # noqa: PLC0415
@@ -143,8 +146,9 @@ def infinity(
     )
     vae = types.SimpleNamespace(quantizer=quantizer, embed_dim=bits, vocab_size=2**bits)
     schedule = [(1, height, width) for height, width in shape["grids"]]
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=cuda):
-        # Under autocast, as the reference's own tools build it.
+    # Built on the CPU, as it asks for; random numbers come faster on the device.
+    torch.nn.Linear.reset_parameters = lambda self: None  # type: ignore[method-assign]
+    with torch.no_grad():
         model = Infinity(
             vae_local=vae,
             text_channels=shape["text_channels"],
@@ -168,7 +172,13 @@ def infinity(
             mlp_ratio=shape["mlp_ratio"],
             block_chunks=max(2, shape["block_chunks"]),
         )
+    quantizer.to(device)
     model.to(device).eval().requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                module.bias.zero_()
     if cuda:
         for block in model.unregistered_blocks:
             block.bfloat16()

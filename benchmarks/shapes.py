@@ -10,14 +10,6 @@ from amskv_jax.models.infinity.schedules import schedule_of
 from amskv_jax.models.protocol import Model
 
 OTHERS = {
-    "infinity-2b": InfinityModel(
-        transformer=InfinityConfig(depth=32, width=2048, num_heads=16, block_chunks=8),
-        tokenizer=BSQConfig(codebook_dim=32),
-    ),
-    "infinity-8b": InfinityModel(
-        transformer=InfinityConfig(depth=40, width=3584, num_heads=28, bits=56, block_chunks=8),
-        tokenizer=BSQConfig(codebook_dim=14, channel_multipliers=(1, 2, 4, 4), patchify=True),
-    ),
     "infinity-tiny": InfinityModel(
         transformer=InfinityConfig(
             depth=2,
@@ -31,14 +23,12 @@ OTHERS = {
         tokenizer=BSQConfig(codebook_dim=16, channels=32),
     ),
 }
-"""Models that no file of ``configs`` holds (yet)."""
+"""Models to try the comparison with, besides those of ``configs``."""
 
 
 def model_of(name: str) -> Model:
     """Return a known model, or one of ``OTHERS``; raises UsageError if there is none."""
-    if name in OTHERS and name not in configs.names():
-        return OTHERS[name]
-    return configs.get(name).model
+    return OTHERS[name] if name in OTHERS else configs.get(name).model
 
 
 def shape_of(model: Any) -> dict[str, Any]:
