@@ -28,6 +28,8 @@ from typing import Any
 from comparison_table import markdown
 from shapes import model_of, shape_of
 
+from amskv_jax.policies.grammar import parse_policies
+
 WARM = """compile our arms first, N at a time, into the persistent cache: less time for all of them
 together, but the compiler then tries its kernels on a busy device"""
 HERE = Path(__file__).resolve().parent
@@ -209,6 +211,7 @@ def arms_of(options: argparse.Namespace) -> list[Arm]:
         raise SystemExit(f"--batches has {len(batches)} numbers: expected 1 or {len(models)}")
     if len(batches) == 1:
         batches *= len(models)
+    policies = [str(request) for request in parse_policies(options.policies)]
     arms = []
     for model, batch in zip(models, batches, strict=True):
         kind = model_of(model).kind
@@ -216,19 +219,8 @@ def arms_of(options: argparse.Namespace) -> list[Arm]:
         if has_checkout and not options.ours_only:
             arms.append(Arm("reference", model, batch))
         if not options.reference_only:
-            arms += [Arm("ours", model, batch, policy) for policy in policies_of(options.policies)]
+            arms += [Arm("ours", model, batch, policy) for policy in policies]
     return arms
-
-
-def policies_of(text: str) -> list[str]:
-    """Return the policies of a list; what has no name of its own belongs to the one before it."""
-    found: list[str] = []
-    for part in text.split(","):
-        if "=" in part.partition(":")[0]:
-            found[-1] += "," + part
-        else:
-            found.append(part)
-    return found
 
 
 def parser() -> argparse.ArgumentParser:

@@ -20,11 +20,11 @@ from shapes import model_of
 
 from amskv_jax.benchmark import OutOfMemoryError, measure
 from amskv_jax.checkpoints.weights import storage_dtype
-from amskv_jax.cli.policy import make_policy
 from amskv_jax.drawing import Drawer
 from amskv_jax.generate import Sampler, picture_keys
 from amskv_jax.models.kinds import param_shapes
 from amskv_jax.pipeline import Pipeline
+from amskv_jax.policies.grammar import parse_policy
 
 
 def main() -> None:
@@ -91,7 +91,8 @@ def sampler_of(options: argparse.Namespace) -> Sampler:
     """Return the sampler that the command line asks for."""
     model = model_of(options.model)
     pipe = Pipeline(model, None, model.schedule, options.dtype, model.drawing)
-    sampler = pipe.sampler(make_policy(options.policy, {}), attention=options.attention)
+    plan = parse_policy(options.policy).plan(pipe.shape, pipe.geometry(options.batch))
+    sampler = pipe.sampler(plan, attention=options.attention)
     return replace(sampler, cache_dtype=options.cache_dtype)
 
 
@@ -115,8 +116,11 @@ def product_operations(sampler: Sampler, batch: int) -> int:
     Attention counts as the two products that it is, over the keys that the plan keeps.
     """
     plain = replace(sampler, attention="xla")  # whose products can be seen
-    traced = jax.make_jaxpr(plain)(*example_shapes(plain, batch))
-    return _operations(traced.jaxpr)
+
+    def call(*arguments: Any) -> Any:
+        return plain(*arguments)
+
+    return _operations(jax.make_jaxpr(call)(*example_shapes(plain, batch)).jaxpr)
 
 
 def _operations(jaxpr: Jaxpr) -> int:
