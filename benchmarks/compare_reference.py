@@ -99,11 +99,14 @@ class Comparison:
         """Compile arms in parallel into the persistent compilation cache."""
         if not self.options.warm or not arms:
             return {}
-        limit, results = self.options.warm_minutes * 60, {}
+        results: dict[Arm, dict[str, Any]] = {}
+        deadline = time.monotonic() + 60 * self.options.warm_minutes
+
+        def compiled(arm: Arm) -> dict[str, Any]:
+            return self.process(self.ours("compile", arm), deadline - time.monotonic())
+
         with ThreadPoolExecutor(self.options.warm) as executor:
-            running = {
-                executor.submit(self.process, self.ours("compile", arm), limit): arm for arm in arms
-            }
+            running = {executor.submit(compiled, arm): arm for arm in arms}
             for done in as_completed(running):
                 results[running[done]] = done.result()
                 self.found["compiled"].append({**asdict(running[done]), **done.result()})
@@ -146,7 +149,7 @@ class Comparison:
         """
         limit = min(limit, self.deadline - time.monotonic())
         if limit < 1:
-            return {"error": "not begun: the time of the whole comparison was over"}
+            return {"error": "not begun: the time for it was over"}
         python = sys.executable
         if command[0] == "reference_side.py" and self.options.reference_python:
             python = self.options.reference_python
@@ -243,7 +246,7 @@ def parser() -> argparse.ArgumentParser:
     add("--cache", type=Path, help="folder of compiled programs; by default a new one")
     add("--minutes", type=float, default=8.8, help="of the whole comparison")
     add("--arm-minutes", type=float, default=3.0, help="of one measurement")
-    add("--warm-minutes", type=float, default=4.0, help="of compiling one arm beforehand")
+    add("--warm-minutes", type=float, default=4.0, help="of compiling all arms beforehand")
     add("--ceiling-size", type=int, default=8192, help="of the matrices whose product is the most")
     add("--reference-python", help="interpreter with PyTorch, if it is another one")
     add("--reference-eager", action="store_true", help="without torch.compile (Infinity's norms)")

@@ -130,8 +130,10 @@ def _operations(jaxpr: Jaxpr) -> int:
         name = equation.primitive.name
         if name == "dot_general":
             ((contracted, _), _) = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            output = equation.outvars[0].aval.shape
+            left, output = (
+                variable.aval.shape  # type: ignore[attr-defined]
+                for variable in (equation.invars[0], equation.outvars[0])
+            )
             total += 2 * int(np.prod(output)) * int(np.prod([left[axis] for axis in contracted]))
         elif name == "scan":
             total += equation.params["length"] * sum(inner)

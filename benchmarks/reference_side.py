@@ -41,7 +41,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     if options.eager or device.type == "cpu":  # where it needs a C++ compiler
-        torch.compile = lambda *args, **_: args[0] if args else (lambda function: function)
+        torch.compile = lambda *args, **_: args[0] if args else _same  # type: ignore[assignment]
         notes.append("torch.compile is switched off")
     build = {"var": var, "infinity": infinity}[shape["kind"]]
     try:
@@ -275,6 +275,10 @@ def attention(
     return output.transpose(1, 2)
 
 
+def _same(function: Any) -> Any:
+    return function
+
+
 def _module(name: str, **content: Any) -> types.ModuleType:
     module = types.ModuleType(name)
     vars(module).update(content)
@@ -297,7 +301,7 @@ def _timm() -> dict[str, types.ModuleType]:
             super().__init__()
 
     layers = _module("timm.models.layers", DropPath=DropPath, drop_path=lambda x, *_: x)
-    models = _module("timm.models", layers=layers, register_model=lambda function: function)
+    models = _module("timm.models", layers=layers, register_model=_same)
     loss = _module("timm.loss", SoftTargetCrossEntropy=type("SoftTargetCrossEntropy", (), {}))
     timm = _module("timm", models=models, loss=loss)
     return {module.__name__: module for module in (timm, models, layers, loss)}
