@@ -54,7 +54,13 @@ class Measurement:
     peak_bytes: int | None
 
 
-def measure(sampler: Sampler, batch: int, repeats: int = 3, decode: bool = True) -> Measurement:
+def measure(
+    sampler: Sampler,
+    batch: int,
+    repeats: int = 3,
+    decode: bool = True,
+    trace: str | os.PathLike[str] | None = None,
+) -> Measurement:
     """Time ``sampler`` with random weights and the model's own example.
 
     Peak memory is that of the whole process so far: see ``measure_in_new_process``.
@@ -64,12 +70,13 @@ def measure(sampler: Sampler, batch: int, repeats: int = 3, decode: bool = True)
       batch: pictures per call.
       repeats: timed calls, after one that is not counted.
       decode: turn tokens into pictures, or run the transformer alone.
+      trace: folder into which one more call is traced, see ``reports.kernels``; None for none.
 
     Raises:
       OutOfMemoryError: if the device has too little memory.
     """
     try:
-        return _measure(sampler, batch, repeats, decode)
+        return _measure(sampler, batch, repeats, decode, trace)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -77,7 +84,11 @@ def measure(sampler: Sampler, batch: int, repeats: int = 3, decode: bool = True)
 
 
 def measure_in_new_process(
-    sampler: Sampler, batch: int, repeats: int = 3, decode: bool = True
+    sampler: Sampler,
+    batch: int,
+    repeats: int = 3,
+    decode: bool = True,
+    trace: str | os.PathLike[str] | None = None,
 ) -> Measurement:
     """Call ``measure`` in a process of its own, so that memory and compilation are the arm's alone.
 
@@ -90,7 +101,7 @@ def measure_in_new_process(
     context = multiprocessing.get_context("spawn")
     try:
         with _environment(), ProcessPoolExecutor(1, context) as executor:
-            return executor.submit(measure, sampler, batch, repeats, decode).result()
+            return executor.submit(measure, sampler, batch, repeats, decode, trace).result()
     except BrokenProcessPool as error:
         raise OutOfMemoryError(
             "the process of the benchmark was killed, most likely for want of memory"
@@ -111,7 +122,13 @@ def _environment() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _measure(sampler: Sampler, batch: int, repeats: int, decode: bool) -> Measurement:
+def _measure(
+    sampler: Sampler,
+    batch: int,
+    repeats: int,
+    decode: bool,
+    trace: str | os.PathLike[str] | None,
+) -> Measurement:
     model = sampler.model
     params = random_params(
         model, dtype=sampler.dtype, parts=("transformer", "tokenizer"), put=jax.device_put
@@ -127,6 +144,9 @@ def _measure(sampler: Sampler, batch: int, repeats: int, decode: bool) -> Measur
         seconds.append(time.perf_counter() - start)
     device = jax.devices()[0]
     statistics = device.memory_stats() or {}
+    if trace is not None:
+        with jax.profiler.trace(trace):
+            jax.block_until_ready(drawer.call(params, condition, keys, controls))
     return Measurement(
         device=device.device_kind,
         attention=choose_implementation(sampler.attention, sampler.dtype, sampler.shape.head_dim),

@@ -59,7 +59,7 @@ def arms(monkeypatch):
     """Replace the measurements by known ones; return the samplers that were to be measured."""
     seen = []
 
-    def measured(sampler, batch, repeats, decode):
+    def measured(sampler, batch, repeats, decode, trace):
         seen.append((sampler, batch, repeats, decode))
         if len(seen) == 3:
             raise OutOfMemoryError("not enough memory for 8 pictures at once")

@@ -13,6 +13,9 @@ from amskv_jax.cli.policy import PoliciesOption
 from amskv_jax.cli.wanted import AspectOption, CfgOption, SizeOption, drawing_of
 from amskv_jax.files import replacing
 
+LONGEST = 20
+"""Kernels of a trace that are listed one by one."""
+
 
 def bench(
     model: Annotated[str, typer.Option(help="Name of a known model, such as var-d30.")],
@@ -32,6 +35,14 @@ def bench(
     size: SizeOption = None,
     cfg: CfgOption = None,
     stats: StatsOption = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            help="Say where the time of a call goes, by kind of kernel; profiles are kept here.",
+            metavar="DIR",
+            file_okay=False,
+        ),
+    ] = None,
     save: Annotated[Path | None, typer.Option(help="Write all numbers here (.json).")] = None,
     force: ForceOption = False,
 ) -> None:
@@ -67,16 +78,22 @@ def bench(
     geometry = pipe.geometry(batch)
     plans = {one.text: one.plan(pipe.shape, geometry, statistics) for one in requests}
     samplers = {name: pipe.sampler(plan, attention=attention.value) for name, plan in plans.items()}
+    folders = {one.text: trace / one.name if trace else None for one in requests}
     results: dict[str, dict[str, Any]] = {}
     with progress("measuring") as update:
         for index, (name, sampler) in enumerate(samplers.items()):
             update(f"measuring {name}", index / len(samplers))
             try:
-                results[name] = asdict(measure_in_new_process(sampler, batch, repeats, decode))
+                folder = folders[name]
+                measured = measure_in_new_process(sampler, batch, repeats, decode, folder)
+                results[name] = asdict(measured)
             except OutOfMemoryError as error:
                 results[name] = {"error": str(error)}
             results[name]["plan"] = sampler.plan.note
     _print(results)
+    for name, folder in folders.items():
+        if folder and "error" not in results[name]:
+            results[name]["kinds"] = _print_profile(name, folder)
     if save:
         content = {
             "model": model,
@@ -90,6 +107,41 @@ def bench(
         with replacing(save) as temporary:
             temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         print_line(f"wrote {save}")
+
+
+def _print_profile(name: str, folder: Path) -> dict[str, float]:
+    """Print where the time of a traced call went; return the seconds of every kind of kernel."""
+    from rich.box import SIMPLE_HEAD  # noqa: PLC0415
+    from rich.markup import escape  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+
+    from amskv_jax.reports.kernels import read_profile  # noqa: PLC0415
+
+    profile = read_profile(folder)
+    kinds = profile.kinds()
+    whole = sum(kinds.values())
+    print_line(
+        f"{name}: {1e3 * whole:.1f} ms of kernels within {1e3 * profile.span_seconds:.1f} ms, "
+        f"of which {1e3 * profile.idle_seconds:.1f} ms idle"
+    )
+    shares = Table(box=SIMPLE_HEAD)
+    longest = Table(box=SIMPLE_HEAD)
+    for table, titles in (
+        (shares, ("kind", "ms", "share")),
+        (longest, ("longest kernels", "kind", "ms", "launches")),
+    ):
+        for title in titles:
+            right = title in {"ms", "share", "launches"}
+            table.add_column(title, justify="right" if right else "left", overflow="fold")
+    for kind, seconds in kinds.items():
+        shares.add_row(kind, f"{1e3 * seconds:.2f}", f"{seconds / whole:.1%}")
+    for kernel in profile.kernels[:LONGEST]:
+        text = " ".join(dict.fromkeys(filter(None, (kernel.name[:60], kernel.operation))))
+        longest.add_row(
+            escape(text), kernel.kind, f"{1e3 * kernel.seconds:.2f}", str(kernel.launches)
+        )
+    make_console().print(shares, longest)
+    return kinds
 
 
 def _print(results: dict[str, dict[str, Any]]) -> None:
