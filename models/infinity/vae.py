@@ -61,6 +61,14 @@ class BSQVAE(nn.Module):
         return self.decode(f_hat)
 
     @property
+    def activation_bytes(self) -> int:
+        """Bytes of the largest activation while one picture is decoded."""
+        config = self.config
+        height, width = config.picture_size(self.schedule)
+        channels = config.channels * max(config.channel_multipliers[:2])  # just enlarged
+        return height * width * channels * jnp.dtype(self.dtype).itemsize
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(h, w, c)."""
         return self.config.latent_shape(self.schedule)
