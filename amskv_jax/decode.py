@@ -1,4 +1,4 @@
-"""From latents to pictures: a program of its own, which all plans, policies and batches share."""
+"""Between pictures and what is drawn: programs of their own, which all plans and policies share."""
 
 from functools import partial
 from typing import Any
@@ -11,7 +11,8 @@ from amskv_jax.models.protocol import Model
 from amskv_jax.schedule import ScaleSchedule
 
 DECODED_BYTES = 2**30
-"""Pictures are decoded so many at a time that one layer's activations are about this large."""
+"""Pictures are decoded, and encoded, so many at a time that one layer's activations are about this
+large."""
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -45,3 +46,31 @@ def decode_pixels(
     """Return the pictures of latents as uint8 [B, height, width, 3]; see ``decode``."""
     pictures = decode(model, schedule, dtype, params, latents)
     return jnp.rint(jnp.clip(pictures, 0, 1) * 255).astype(jnp.uint8)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def encode_pixels(
+    model: Model, schedule: ScaleSchedule, params: Any, pixels: jax.Array
+) -> jax.Array:
+    """Return the codes of pictures.
+
+    Always in float32, so that they depend on the pictures and the weights alone.
+
+    Args:
+      model: the model's shape.
+      schedule: whose token maps the codes are.
+      params: the weights, a tree per part; only the tokenizer's are used.
+      pixels: uint8 [B, height, width, 3].
+
+    Returns:
+      [B, total, *K] integers.
+
+    Raises:
+      AmskvError: if the pictures have another size than the schedule needs.
+    """
+    _, tokenizer = model.bind({"tokenizer": params["tokenizer"]}, schedule, "float32")
+
+    def one(pixels: jax.Array) -> jax.Array:
+        return tokenizer.encode(pixels[None].astype(jnp.float32) / 127.5 - 1)[0]
+
+    return lax.map(one, pixels, batch_size=max(1, DECODED_BYTES // tokenizer.activation_bytes))

@@ -84,6 +84,14 @@ class Tokenizer(Protocol):
         """Bytes of the largest activation while one picture is decoded."""
         ...
 
+    def encode(self, pictures: jax.Array) -> jax.Array:
+        """Return the codes [B, total, *K], integers, of pictures [B, H, W, 3] in [-1, 1].
+
+        Raises:
+          AmskvError: if the pictures have another size than the schedule needs.
+        """
+        ...
+
     def embed(self, codes: jax.Array) -> jax.Array:
         """Return float32 entries [B, T, C'] of codes [B, T, *K]."""
         ...

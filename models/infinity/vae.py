@@ -92,6 +92,10 @@ class BSQVAE(nn.Module):
             )
         return self.encoder(pictures).astype(jnp.float32)
 
+    def encode(self, pictures: jax.Array) -> jax.Array:
+        """Return the codes, uint8 [B, total, K], of pictures; see ``encode_features``."""
+        return self.quantize(self.encode_features(pictures))[0]
+
     def decode(self, f_hat: jax.Array) -> jax.Array:
         """Return the pictures [B, H, W, 3], float32 in [-1, 1], of latents f_hat [B, h, w, c]."""
         return jnp.clip(self.decoder(f_hat).astype(jnp.float32), -1, 1)

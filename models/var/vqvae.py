@@ -65,6 +65,10 @@ class VQVAE(nn.Module):
             )
         return self.quant_conv(self.encoder(pictures))
 
+    def encode(self, pictures: jax.Array) -> jax.Array:
+        """Return the tokens, int32 [B, total], of pictures; see ``encode_features``."""
+        return self.quantize(self.encode_features(pictures))[0]
+
     def decode(self, f_hat: jax.Array) -> jax.Array:
         """Return the pictures [B, H, W, 3], float32 in [-1, 1], of latents f_hat [B, h, w, C]."""
         pictures = self.decoder(self.post_quant_conv(f_hat))
