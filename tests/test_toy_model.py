@@ -17,6 +17,7 @@ from amskv_jax.calibrate import calibrate
 from amskv_jax.decode import decode
 from amskv_jax.drawing import Chosen
 from amskv_jax.errors import AmskvError, UsageError
+from amskv_jax.evaluation.score import encode, score
 from amskv_jax.generate import Sampler, picture_keys
 from amskv_jax.models.guidance import UNGUIDED, Controls, Drawing, Guidance, per_scale
 from amskv_jax.models.protocol import Prepared
@@ -98,6 +99,15 @@ class ToyTokenizer:
     @property
     def activation_bytes(self) -> int:
         return 4 * 16 * DIGITS
+
+    def encode(self, pictures):
+        rest, codes = 2 * pictures, []
+        for step, grid in enumerate(SCHEDULE.grids):
+            maps = jax.image.resize(rest, (len(rest), *grid, DIGITS), "linear")
+            nearest = jnp.clip(jnp.rint(maps), -2, 2).astype(jnp.int32) + 2
+            codes.append(nearest.reshape(len(rest), -1, DIGITS))
+            rest = rest - self.accumulate(jnp.zeros_like(rest), self.embed(codes[-1]), step)
+        return jnp.concatenate(codes, axis=1)
 
     def embed(self, codes):
         return codes.astype(jnp.float32) - 2
@@ -275,6 +285,27 @@ def test_it_is_calibrated_measured_and_drawn_in_batches(pipe, monkeypatch):
     plan = Full().plan(pipe.shape)
     found = measure(Sampler(MODEL, plan, sampling=TokenSampling(1)), batch=2, repeats=1)
     assert found.pictures_per_second > 0
+
+
+def test_real_pictures_are_scored_with_all_digits(pipe):
+    pixels = np.random.default_rng(1).integers(0, 256, (3, 4, 4, 3)).astype(np.uint8)
+    codes = encode(pipe, pixels, batch=2)
+    assert codes.shape == (3, SCHEDULE.total, DIGITS)
+    assert len(np.unique(codes)) > 2
+    conditions = pipe.conditions(None)
+    plans = {"full": pipe.plan(Full()), "window": pipe.plan(REGISTRY["window"](window=3))}
+    scores = score(pipe, plans, codes, conditions, batch=2)
+    condition = conditions.batch(np.arange(3))
+    for step, found in enumerate(scores["full"].entropy.scales):
+        logits = np.asarray(teacher_forced(pipe.params, condition, codes, step), np.float64)
+        chances = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+        true = codes[:, SCHEDULE.slice(step), :, None].astype(int)
+        nats = -np.log(np.take_along_axis(chances, true, -1))[..., 0].sum(-1)
+        assert found.mean == pytest.approx(nats.mean(), abs=1e-5)
+    window = scores["window"]
+    assert window.divergence.total.mean > 1e-3
+    per_code = window.bits_per_code(window.entropy).total.mean
+    assert per_code == pytest.approx(window.entropy.total.mean / DIGITS / np.log(2))
 
 
 def test_equal_ways_of_drawing_compile_once(pipe):

@@ -19,6 +19,7 @@ from amskv_jax.cli import (
     plan,
     push,
     sample,
+    score,
     study,
     train,
 )
@@ -46,6 +47,7 @@ app.command()(pack.pack)
 app.command(cls=PolicyCommand)(plan.plan)
 app.command()(push.push)
 app.command(cls=PolicyCommand)(sample.sample)
+app.command(cls=PolicyCommand)(score.score)
 app.add_typer(study.app, name="study")
 app.add_typer(train.app, name="train")
 
