@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from amskv_jax.errors import AmskvError
-from amskv_jax.training.data import draw_pictures, load_pictures
+from amskv_jax.training.data import draw_pictures, load_pictures, spread
 
 
 def picture(height=8, width=8, mode="RGB", seed=0):
@@ -186,3 +186,8 @@ def test_draws_do_not_depend_on_where_a_run_starts(start, count):
     part = draw_pictures(10, seed=3, start=start, count=count)
     np.testing.assert_array_equal(part, [column[start : start + count] for column in whole])
     assert (draw_pictures(10, seed=4, start=0, count=30).rows != whole.rows).any()
+
+
+def test_pictures_are_chosen_from_all_over_a_set():
+    np.testing.assert_array_equal(spread(10, 5), [0, 2, 4, 6, 8])
+    np.testing.assert_array_equal(spread(3, 5), [0, 1, 2])

@@ -209,3 +209,8 @@ def draw_pictures(size: int, seed: int, start: int, count: int) -> Draw:
         parts.append(Draw(taken, chance[taken]))
         start, count = start + len(taken), count - len(taken)
     return Draw(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def spread(total: int, count: int) -> np.ndarray:
+    """Return at most ``count`` of ``total`` indices, evenly spread: sets may be sorted by class."""
+    return np.arange(min(count, total)) * total // min(count, total)

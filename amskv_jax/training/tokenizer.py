@@ -14,7 +14,7 @@ from amskv_jax.models.var.config import VQVAEConfig
 from amskv_jax.models.var.vqvae import VQVAE
 from amskv_jax.resize import resize
 from amskv_jax.training.config import TokenizerTraining
-from amskv_jax.training.data import Pictures, draw_pictures
+from amskv_jax.training.data import Pictures, draw_pictures, spread
 from amskv_jax.training.loop import Figures, Task, fit
 from amskv_jax.training.state import TrainState, apply_gradients, create_state, initial_key
 
@@ -75,7 +75,9 @@ def train_tokenizer(
         _, (figures, _) = objective(config, params, batch)
         return {f"validation_{name}": figures[name] for name in ("loss", "psnr")}
 
-    held_out = None if validation is None else validation.pixels[:EVALUATED]
+    held_out = None
+    if validation is not None:
+        held_out = validation.pixels[spread(len(validation.pixels), EVALUATED)]
     task = Task(
         name="tokenizer",
         run=run,

@@ -13,13 +13,13 @@ from amskv_jax.errors import AmskvError
 from amskv_jax.models.var.quantizer import MultiScaleQuantizer
 from amskv_jax.models.var.transformer import VAR
 from amskv_jax.training.config import TransformerTraining
-from amskv_jax.training.data import draw_pictures
+from amskv_jax.training.data import draw_pictures, spread
 from amskv_jax.training.loop import Figures, Task, fit
 from amskv_jax.training.state import TrainState, apply_gradients, create_state, initial_key
 from amskv_jax.training.tokens import TokenSet
 
 EVALUATED = 1024
-"""Pictures that an evaluation looks at, in batches of the training's size."""
+"""Pictures, spread over all, that an evaluation looks at in batches of the training's size."""
 
 
 def train_transformer(
@@ -87,8 +87,9 @@ def train_transformer(
     def evaluate(ema: Any) -> Figures:
         assert validation is not None
         parts = []
-        for start in range(0, min(EVALUATED, len(validation)), run.batch_size):
-            rows = slice(start, min(start + run.batch_size, EVALUATED))
+        chosen = spread(len(validation), EVALUATED)
+        for start in range(0, len(chosen), run.batch_size):
+            rows = chosen[start : start + run.batch_size]
             batch = (
                 validation.labels[rows],
                 validation.target[0, rows],
