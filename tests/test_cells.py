@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_evaluation import LARGE, TRANSFORMER, make_stats
+from small_evaluation import LARGE, TRANSFORMER, make_stats
 
 from amskv_jax.configs import get
 from amskv_jax.errors import UsageError

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from reference_weights import recipe_params
-from test_metrics import MEAN_COLOUR
+from small_evaluation import MEAN_COLOUR, MODEL, TOKENIZER, TRANSFORMER
 
 from amskv_jax.drawing import Drawer
 from amskv_jax.errors import AmskvError, UsageError
@@ -15,36 +15,10 @@ from amskv_jax.evaluation.evaluate import Evaluation, evaluate
 from amskv_jax.evaluation.measures import Judge
 from amskv_jax.evaluation.results import Results, read_arrays
 from amskv_jax.files import read_json_lines
-from amskv_jax.models.var.config import VARConfig, VQVAEConfig
-from amskv_jax.models.var.model import VARModel
 from amskv_jax.pipeline import Pipeline
-from amskv_jax.plan.stats import LayerStats
 from amskv_jax.policies.grammar import parse_policies
-from amskv_jax.schedule import VAR_256, ScaleSchedule
 
-SCHEDULE = ScaleSchedule.square((1, 2, 3))
-TRANSFORMER = VARConfig(2, 32, 2, SCHEDULE, num_classes=3, vocab_size=16, latent_channels=8)
-TOKENIZER = VQVAEConfig(SCHEDULE, 16, 8, 32, (1, 1, 1), 1)
 EVALUATION = Evaluation(num=10, shard=4, top_k=8, dtype="float32")
-LARGE = VARConfig(6, 128, 2, VAR_256, num_classes=10)
-MODEL = VARModel(TRANSFORMER, TOKENIZER)
-
-
-def make_stats(config, seed=0):
-    """Statistics of a model that attends at random."""
-    generator = np.random.default_rng(seed)
-    layers, heads, scales = config.depth, config.num_heads, config.schedule.num_scales
-    similarity = -2 - generator.random((layers, scales)) + np.arange(layers)[:, None] / layers
-    similarity[:, 0] = np.nan
-    density = np.tril(generator.random((layers, heads, scales, scales)))
-    return LayerStats(
-        config.schedule,
-        similarity,
-        similarity,
-        density / density.sum(-1, keepdims=True),
-        np.sort(generator.random((layers, scales, 5)), axis=-1),
-        fingerprint="weights",
-    )
 
 
 @pytest.fixture(scope="module")

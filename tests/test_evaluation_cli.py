@@ -7,10 +7,11 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from test_evaluation import TOKENIZER, TRANSFORMER, pictures
+from small_evaluation import TOKENIZER, TRANSFORMER
 
 from amskv_jax.checkpoints.initialize import init_checkpoint
 from amskv_jax.evaluation.classifier import save_classifier
+from amskv_jax.evaluation.results import read_arrays
 from amskv_jax.models.var.model import VARModel
 from amskv_jax.training.classifier import Classifier, ClassifierConfig
 
@@ -56,7 +57,7 @@ def test_eval_command(amskv, files, tmp_path):
     records = json.loads((tmp_path / "metrics.json").read_text())
     assert [record["name"] for record in records] == ["full", "window-75%"]
     assert records[1]["ssim"] < 1
-    assert pictures(tmp_path, "full").shape == (66, 12, 12, 3)
+    assert read_arrays(tmp_path / "full.npz")["arr_0"].shape == (66, 12, 12, 3)
     assert amskv("eval", *arguments).out == finished.out
 
 

@@ -1,6 +1,7 @@
 """A file imports from lower floors only, and nothing goes round in a circle."""
 
 import ast
+import re
 from functools import cache
 from pathlib import Path
 
@@ -97,6 +98,14 @@ def test_no_circles():
 
     for name in INNER:
         visit(name)
+
+
+def test_tests_import_no_tests():
+    """Not even in the code that they hand to other processes; helpers are files of their own."""
+    tests = {path.stem: path.read_text(encoding="utf-8") for path in ROOT.glob("tests/*.py")}
+    for name, text in tests.items():
+        imported = re.findall(r"\b(?:import|from) (test_\w+)", text)
+        assert not tests.keys() & set(imported), f"{name} imports {imported}"
 
 
 def test_files_are_short():

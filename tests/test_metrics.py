@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import scipy.linalg
+from small_evaluation import MEAN_COLOUR
 
 from amskv_jax.errors import AmskvError, UsageError
 from amskv_jax.evaluation import metrics
-from amskv_jax.evaluation.features import FeatureNetwork
 from amskv_jax.evaluation.measures import Judge
 from amskv_jax.evaluation.metrics import (
     FeatureSet,
@@ -166,15 +166,6 @@ def test_pictures_that_cannot_be_compared_are_refused():
         psnr(np.zeros((2, 12, 12, 3), np.uint8), np.zeros((3, 12, 12, 3), np.uint8))
     with pytest.raises(AmskvError, match="at least 11 pixels a side, not 8x20"):
         ssim(np.zeros((1, 8, 20, 3), np.uint8), np.zeros((1, 8, 20, 3), np.uint8))
-
-
-def mean_colour(pixels):
-    features = pixels.mean((1, 2)).astype(np.float32)
-    return features, features
-
-
-MEAN_COLOUR = FeatureNetwork("colour", "none", 3, 3, mean_colour)
-"""A feature network for tests: three features, as logits too."""
 
 
 def test_judge_reports_all_figures():

@@ -4,99 +4,34 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
-from typing import ClassVar
 
 import jax
 import numpy as np
 import pytest
-from reference_weights import recipe_params
-from test_evaluation import MODEL, TOKENIZER, TRANSFORMER, make_stats
-from test_metrics import MEAN_COLOUR
+import small_study
+from small_evaluation import MEAN_COLOUR
+from small_study import COMPARISON, EXTENT, comparable, draw_window, load, run
 
-from amskv_jax import pipeline
 from amskv_jax.errors import AmskvError, UsageError
-from amskv_jax.evaluation.comparison import Comparison
 from amskv_jax.evaluation.measures import Judge
 from amskv_jax.evaluation.results import add_cells, read_arrays
 from amskv_jax.files import read_json_lines
-from amskv_jax.pipeline import Pipeline
 from amskv_jax.study import devices as module
 from amskv_jax.study.render import render_study
 from amskv_jax.study.study import Extent, run_study
 
-COMPARISON = Comparison(num=12, dtype="float32")
-EXTENT = Extent(sections="cdg", batch=5, compilers=2)
-
-
-class FakeDrawer:
-    """Draws noise that depends on plan, seed and picture, without a model.
-
-    It fails if something is compiled while a device draws, or two threads draw on one device.
-    """
-
-    drawn = 0
-    kill_at = -1
-    lock = threading.Lock()
-    drawing: ClassVar = []
-
-    def __init__(self, sampler, params, conditions, controls, batch, *, decode=True):
-        self.slots = sum(row.capacity for row in sampler.plan.rows)
-        assert not self.drawing
-
-    def draw(self, params, seed, first, count, controls):
-        device = jax.config.jax_default_device
-        assert device not in self.drawing
-        self.drawing.append(device)
-        with self.lock:
-            if FakeDrawer.drawn == FakeDrawer.kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            FakeDrawer.drawn += 1
-        time.sleep(0.002)
-        self.drawing.remove(device)
-        generator = np.random.default_rng((self.slots, seed))
-        return generator.integers(0, 256, (count, 12, 12, 3)).astype(np.uint8)
-
-
-def load(dtype):
-    return Pipeline(MODEL, {}, MODEL.schedule, dtype, MODEL.drawing, "weights")
-
-
-def run(directory, **options):
-    """Run a study with the fake drawer on statistics that are there already."""
-    directory = Path(directory)
-    directory.mkdir(exist_ok=True)
-    if not (directory / "stats.npz").exists():
-        make_stats(TRANSFORMER).save(directory / "stats.npz")
-    real = np.random.default_rng(0).integers(0, 256, (40, 12, 12, 3)).astype(np.uint8)
-    judge = Judge.of(MEAN_COLOUR, real)
-    FakeDrawer.drawn = 0
-    extent = options.pop("extent", EXTENT)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "Drawer", FakeDrawer)
-        return run_study(COMPARISON, extent, load, judge, directory, held_out=real[:20], **options)
-
-
-def comparable(directory):
-    records = {r["name"]: r for r in read_json_lines(directory / "results.jsonl")}
-    return {
-        name: {k: v for k, v in record.items() if k not in ("draw_seconds", "same_as", "device_id")}
-        for name, record in records.items()
-    }
-
 
 @pytest.fixture(autouse=True)
 def kill_nothing(monkeypatch):
-    monkeypatch.setattr(FakeDrawer, "kill_at", -1)
+    monkeypatch.setattr(small_study.FakeDrawer, "kill_at", -1)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     directory, lines = tmp_path_factory.mktemp("study"), []
     assert run(directory, report=lines.append) == []
-    return directory, lines, FakeDrawer.drawn
+    return directory, lines, small_study.FakeDrawer.drawn
 
 
 def test_every_cell_has_a_result(whole):
@@ -134,7 +69,7 @@ def test_samples_hold_a_picture_per_class(whole):
 
 
 def run_python(code, cwd, *arguments, **environment):
-    """Run code, which may import this file, in a process of its own; return its exit code."""
+    """Run code, which may import what is here, in a process of its own; return its exit code."""
     paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
@@ -149,7 +84,7 @@ TWO_DEVICES = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platfor
 
 @pytest.mark.parametrize(("kill_at", "devices"), [(1, {}), (4, {}), (5, TWO_DEVICES)])
 def test_killed_study_loses_the_cells_it_was_at(whole, tmp_path, kill_at, devices):
-    code = f"import test_study as t; t.FakeDrawer.kill_at = {kill_at}; t.run({str(tmp_path)!r})"
+    code = f"import small_study as t; t.FakeDrawer.kill_at = {kill_at}; t.run({str(tmp_path)!r})"
     assert run_python(code, tmp_path, **devices) == -signal.SIGKILL
     records = read_json_lines(tmp_path / "results.jsonl")
     finished = [r for r in records if "draw_seconds" in r and "same_as" not in r]
@@ -160,13 +95,13 @@ def test_killed_study_loses_the_cells_it_was_at(whole, tmp_path, kill_at, device
     compared = [r for r in finished if r["section"] != "full"]
     originals = list(tmp_path.glob("originals-*.npz"))  # perhaps not measured, but there
     assert run(tmp_path) == []
-    assert FakeDrawer.drawn == whole[2] - len(compared) - len(originals)
+    assert small_study.FakeDrawer.drawn == whole[2] - len(compared) - len(originals)
     assert comparable(tmp_path) == comparable(whole[0])
 
 
 def test_devices_share_the_cells(whole, tmp_path):
     assert (
-        run_python(f"from test_study import run; run({str(tmp_path)!r})", tmp_path, **TWO_DEVICES)
+        run_python(f"from small_study import run; run({str(tmp_path)!r})", tmp_path, **TWO_DEVICES)
         == 0
     )
     assert comparable(tmp_path) == comparable(whole[0])
@@ -193,23 +128,9 @@ def test_nothing_begins_after_an_error():
     assert begun == ["fails"]
 
 
-def draw_window(directory):
-    """Run two cells with a model; return their devices."""
-    directory.mkdir(exist_ok=True)
-    make_stats(TRANSFORMER).save(directory / "stats.npz")
-    params = {"transformer": recipe_params(TRANSFORMER), "tokenizer": recipe_params(TOKENIZER)}
-    model = Pipeline(MODEL, params, MODEL.schedule, "float32", MODEL.drawing, "weights")
-    real = np.random.default_rng(0).integers(0, 256, (40, 12, 12, 3)).astype(np.uint8)
-    extent = Extent(sections="d", only="d/window-75%", seeds=(0,), batch=5)
-    judge = Judge.of(MEAN_COLOUR, real)
-    assert run_study(COMPARISON, extent, lambda dtype: model, judge, directory) == []
-    records = {r["name"]: r for r in read_json_lines(directory / "results.jsonl")}
-    return [records[f"{name}/seed0"]["device_id"] for name in ("full/full", "d/window-75%")]
-
-
 @pytest.mark.slow
 def test_pictures_do_not_depend_on_the_device(tmp_path):
-    code = "import sys; from test_study import *; assert draw_window(Path(sys.argv[1])) == [0, 1]"
+    code = "import sys; from small_study import *; assert draw_window(Path(sys.argv[1])) == [0, 1]"
     assert run_python(code, tmp_path, tmp_path / "two", **TWO_DEVICES) == 0
     assert draw_window(tmp_path / "one") == [0, 0]
     assert comparable(tmp_path / "one") == comparable(tmp_path / "two")
@@ -238,13 +159,13 @@ def test_only_chosen_cells_run(tmp_path):
 
 
 def test_cells_that_fail_do_not_stop_the_others(whole, tmp_path, monkeypatch):
-    class Failing(FakeDrawer):
+    class Failing(small_study.FakeDrawer):
         def __init__(self, sampler, params, conditions, controls, batch, *, decode=True):
             if "sliding" in sampler.plan.note:
                 raise RuntimeError("RESOURCE_EXHAUSTED: too large\nand more")
             super().__init__(sampler, params, conditions, controls, batch)
 
-    monkeypatch.setattr(sys.modules[__name__], "FakeDrawer", Failing)
+    monkeypatch.setattr(small_study, "FakeDrawer", Failing)
     with pytest.raises(AmskvError, match=r"cells failed:\n  d/window-.*: RESOURCE_EXHAUSTED"):
         run(tmp_path)
     monkeypatch.undo()
@@ -254,14 +175,14 @@ def test_cells_that_fail_do_not_stop_the_others(whole, tmp_path, monkeypatch):
 
 
 def test_all_fail_whose_originals_cannot_be_drawn(whole, tmp_path, monkeypatch):
-    class Failing(FakeDrawer):
+    class Failing(small_study.FakeDrawer):
         def draw(self, params, seed, first, count, controls):
-            if FakeDrawer.drawn == 0:
-                FakeDrawer.drawn += 1
+            if small_study.FakeDrawer.drawn == 0:
+                small_study.FakeDrawer.drawn += 1
                 raise RuntimeError("RESOURCE_EXHAUSTED")
             return super().draw(params, seed, first, count, controls)
 
-    monkeypatch.setattr(sys.modules[__name__], "FakeDrawer", Failing)
+    monkeypatch.setattr(small_study, "FakeDrawer", Failing)
     lines = []
     with pytest.raises(AmskvError, match=r"cells failed:\n  full/full/seed0: RESOURCE_EXHAUSTED"):
         run(tmp_path, report=lines.append)

@@ -1,21 +1,19 @@
 import json
-import os
-import signal
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
+from line_task import Settings, line_task
 from training_helpers import OPTIMIZATION, RUN, comparable, run_python
 
 from amskv_jax.errors import AmskvError, UsageError
 from amskv_jax.files import read_json_lines
-from amskv_jax.training.config import Optimization, Run
+from amskv_jax.training.config import Optimization
 from amskv_jax.training.log import plot_log
-from amskv_jax.training.loop import Task, TrainingStoppedError, fit
+from amskv_jax.training.loop import TrainingStoppedError, fit
 from amskv_jax.training.state import (
     TrainState,
     apply_gradients,
@@ -25,44 +23,6 @@ from amskv_jax.training.state import (
 )
 
 # The loop, with a model that compiles at once.
-
-
-@dataclass(frozen=True)
-class Settings:
-    run: Run
-    optimization: Optimization = OPTIMIZATION
-    fail_at: int = -1
-    interrupt_at: int = -1
-
-
-def line_task(settings):
-    """Fit the slope of a noisy line by gradient descent."""
-
-    def create():
-        return create_state({"kernel": jnp.zeros(3)}, settings.optimization, settings.run, {})
-
-    def step(state, batch):
-        noise = jax.random.normal(jax.random.fold_in(jax.random.key(0), state.step), (3,))
-
-        def loss(params):
-            return jnp.mean((batch - params["kernel"] - 0.1 * noise) ** 2)
-
-        value, gradients = jax.value_and_grad(loss)(state.params)
-        value = jnp.where(state.step == settings.fail_at, jnp.nan, value)
-        state, figures = apply_gradients(state, gradients, settings.optimization, settings.run)
-        return state, {"loss": value, "per_scale": state.params["kernel"], **figures}
-
-    def batches(first, count):
-        if first == settings.interrupt_at:
-            os.kill(os.getpid(), signal.SIGTERM)
-        shape = count, settings.run.batch_size, 3
-        return np.random.default_rng(first).normal(size=shape).astype(np.float32)
-
-    def evaluate(params):
-        return {"kernel_norm": optax.tree.norm(params)}
-
-    shared = replace(settings, fail_at=-1, interrupt_at=-1)
-    return Task("line", settings.run, shared, create, step, batches, evaluate)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +98,10 @@ TWO_DEVICES = """
 import sys
 from pathlib import Path
 from dataclasses import replace
-from test_training_loop import RUN, Settings, UsageError, fit, line_task
+from line_task import Settings, line_task
+from training_helpers import RUN
+from amskv_jax.errors import UsageError
+from amskv_jax.training.loop import fit
 import jax
 assert jax.local_device_count() == 2
 state = fit(line_task(Settings(RUN)), Path(sys.argv[1]))

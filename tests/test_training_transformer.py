@@ -7,42 +7,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference_weights import vqvae_params
 from training_helpers import (
     OPTIMIZATION,
     RUN,
     SCHEDULE,
     TOKENIZER,
     TRANSFORMER,
-    TRANSFORMER_TRAINING,
     comparable,
     run_python,
+    token_set,
+    transformer_run,
 )
 
 from amskv_jax.errors import AmskvError
-from amskv_jax.models import var
+from amskv_jax.models.var import transformer
 from amskv_jax.models.var.transformer import VAR
 from amskv_jax.models.var.vqvae import VQVAE
 from amskv_jax.schedule import ScaleSchedule
 from amskv_jax.training.config import TransformerTraining
-from amskv_jax.training.tokens import TokenSet
 from amskv_jax.training.transformer import train_transformer
-
-
-def token_set():
-    """Tokens that follow from the class, but for some."""
-    rng = np.random.default_rng(0)
-    labels = np.arange(30, dtype=np.int32) % 3
-    typical = rng.integers(0, 32, (3, SCHEDULE.total))
-    target = np.where(rng.random((2, 30, 21)) < 0.9, typical[labels], 5).astype(np.uint8)
-    return TokenSet(target, target, labels, ("a", "b", "c"))
-
-
-def transformer_run(directory, **options):
-    tokenizer = {"quantizer": vqvae_params(TOKENIZER)["quantizer"]}
-    return train_transformer(
-        TRANSFORMER_TRAINING, token_set(), tokenizer, directory, validation=token_set(), **options
-    )
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +40,8 @@ def test_backward_pass_keeps_less_than_all(monkeypatch):
     inputs = jnp.zeros(8, int), jnp.zeros((8, SCHEDULE.total - 1, config.latent_channels))
     params = jax.eval_shape(model.init, jax.random.key(0), *inputs)
     sizes = []
-    for kept in (var._is_kept_for_gradients, jax.checkpoint_policies.everything_saveable):
-        monkeypatch.setattr(var, "_is_kept_for_gradients", kept)
+    for kept in (transformer._is_kept_for_gradients, jax.checkpoint_policies.everything_saveable):
+        monkeypatch.setattr(transformer, "_is_kept_for_gradients", kept)
         gradient = jax.grad(lambda params: jnp.square(model.apply(params, *inputs)).sum())
         program = jax.jit(gradient).lower(params).compile()
         sizes.append(program.memory_analysis().temp_size_in_bytes)
@@ -81,7 +64,7 @@ def test_transformer_learns_what_depends_on_the_class(trained_transformer):
 KILLED = """
 import sys
 from pathlib import Path
-from test_training_transformer import transformer_run
+from training_helpers import transformer_run
 from amskv_jax.training import log
 write = log.Log.write
 def slowly(self, step, figures):

@@ -7,12 +7,15 @@ from dataclasses import replace
 
 import jax
 import numpy as np
+from reference_weights import vqvae_params
 
 from amskv_jax.files import read_json_lines
 from amskv_jax.models.var.config import VARConfig, VQVAEConfig
 from amskv_jax.schedule import ScaleSchedule
 from amskv_jax.training.config import Optimization, Run, TokenizerTraining, TransformerTraining
 from amskv_jax.training.data import Pictures
+from amskv_jax.training.tokens import TokenSet
+from amskv_jax.training.transformer import train_transformer
 
 SCHEDULE = ScaleSchedule.square((1, 2, 4))
 TOKENIZER = VQVAEConfig(
@@ -69,3 +72,19 @@ def smooth_pictures(count=6):
     ramp = np.linspace(0, 1, 4)[:, None, None]
     pixels = np.repeat(colours[0] * ramp + colours[1] * (1 - ramp), 4, axis=2).astype(np.uint8)
     return Pictures(pixels, np.arange(count, dtype=np.int32) % 3, ("a", "b", "c"))
+
+
+def token_set():
+    """Tokens that follow from the class, but for some."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(30, dtype=np.int32) % 3
+    typical = rng.integers(0, 32, (3, SCHEDULE.total))
+    target = np.where(rng.random((2, 30, 21)) < 0.9, typical[labels], 5).astype(np.uint8)
+    return TokenSet(target, target, labels, ("a", "b", "c"))
+
+
+def transformer_run(directory, **options):
+    tokenizer = {"quantizer": vqvae_params(TOKENIZER)["quantizer"]}
+    return train_transformer(
+        TRANSFORMER_TRAINING, token_set(), tokenizer, directory, validation=token_set(), **options
+    )
