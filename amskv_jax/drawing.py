@@ -175,7 +175,7 @@ def _of_pictures(controls: Controls, numbers: np.ndarray) -> Controls:
     if controls.forced is None:
         return controls
     chosen = controls.forced[numbers % len(controls.forced)]
-    return controls.replace(forced=chosen)  # type: ignore[attr-defined, no-any-return]
+    return controls.replace(forced=chosen)  # type: ignore[attr-defined]
 
 
 def _tokenizer(params: Any) -> Any:

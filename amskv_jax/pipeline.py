@@ -166,7 +166,7 @@ class Pipeline:
         controls = self.model.controls(self.schedule, drawing or self.drawing)
         if forced is None:
             return controls
-        return controls.replace(forced=self.model.forced(forced, self.schedule))  # type: ignore[attr-defined, no-any-return]
+        return controls.replace(forced=self.model.forced(forced, self.schedule))  # type: ignore[attr-defined]
 
     def conditions(self, wanted: Any) -> Conditions:
         """Return what a user asks for as numbered conditions.

@@ -177,7 +177,10 @@ def test_files_hold_everything(stats, tmp_path):
         np.testing.assert_array_equal(getattr(again, name), getattr(stats, name))
     for name in ("schedule", "top_counts", "pictures", "fingerprint", "settings"):
         assert getattr(again, name) == getattr(stats, name)
-    assert again.settings == {"guidance": 2.0, "seed": 3}
+    assert again.settings == {
+        **{"cfg": 2.0, "tau": 1.0, "top_k": 8, "top_p": 0.9},
+        **{"seed": 3, "dtype": "float32", "more": "said"},
+    }
     assert [file.name for file in tmp_path.iterdir()] == ["stats.npz"]
     with pytest.raises(AmskvError, match=r"stats.npz: .* another model \(fingerprint abc, this"):
         LayerStats.load(path, "xyz")

@@ -70,7 +70,8 @@ def read(cache: Any, layer: jax.Array, slot: int, length: int, axis: int = 1) ->
     """Return ``length`` slots from ``slot`` on of one layer, along ``axis`` of every leaf."""
 
     def part(buffer: jax.Array) -> jax.Array:
-        start, sizes = [layer, *[0] * (buffer.ndim - 1)], [1, *buffer.shape[1:]]
+        start: list[Any] = [layer, *[0] * (buffer.ndim - 1)]
+        sizes = [1, *buffer.shape[1:]]
         start[1 + axis], sizes[1 + axis] = slot, length
         return lax.dynamic_slice(buffer, start, sizes)[0]
 
@@ -81,7 +82,7 @@ def write(cache: Any, layer: jax.Array, slot: int, part: Any, axis: int = 1) -> 
     """Return buffers with ``part`` in the slots from ``slot`` on of one layer."""
 
     def update(buffer: jax.Array, own: jax.Array) -> jax.Array:
-        start = [layer, *[0] * (buffer.ndim - 1)]
+        start: list[Any] = [layer, *[0] * (buffer.ndim - 1)]
         start[1 + axis] = slot
         return lax.dynamic_update_slice(buffer, own[None].astype(buffer.dtype), start)
 
