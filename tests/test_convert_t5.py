@@ -163,7 +163,9 @@ def test_folders_of_the_hub(kind, state, tmp_path, request):
     assert_same_state({key: back[key] for key in t5_state(NARROW)}, t5_state(NARROW))
     del source
     (tmp_path / names[1]).unlink()
-    assert f"{names[1]} does not exist" in message(read_state_dict, tmp_path, t5.T5.keys)
+    assert f"lacks 1 of the 2 files with the weights: {names[1]}." in message(
+        read_state_dict, tmp_path, t5.T5.keys
+    )
 
 
 def test_settings_tell_what_shapes_do_not(state):
