@@ -1,4 +1,4 @@
-"""Errors that a user of the library can cause and mend."""
+"""Errors that a user of the library can cause and mend, and warnings."""
 
 
 class AmskvError(ValueError):
@@ -7,3 +7,7 @@ class AmskvError(ValueError):
 
 class UsageError(AmskvError):
     """A command or a function was called with arguments that can never work."""
+
+
+class AmskvWarning(UserWarning):
+    """Something was given that the library cannot take as it is; the message says what it does."""

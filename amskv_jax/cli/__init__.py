@@ -23,7 +23,7 @@ from amskv_jax.cli import (
     study,
     train,
 )
-from amskv_jax.cli.console import print_error
+from amskv_jax.cli.console import plain_warnings, print_error
 from amskv_jax.cli.policy import PolicyCommand
 from amskv_jax.errors import AmskvError, UsageError
 
@@ -55,7 +55,8 @@ app.add_typer(train.app, name="train")
 def main() -> None:
     """Run the command line: exit code 1 for failures, 2 for commands that can never work."""
     try:
-        app(prog_name="amskv")
+        with plain_warnings():
+            app(prog_name="amskv")
     except (AmskvError, OSError) as error:
         if os.environ.get("AMSKV_DEBUG"):
             raise

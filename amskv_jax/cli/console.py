@@ -1,11 +1,15 @@
-"""What commands print: lines, tables, errors, progress."""
+"""What commands print: lines, tables, errors, warnings, progress."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from amskv_jax.errors import AmskvWarning
 
 PIPE_WIDTH = 200
 """Columns of tables that go to a file or another program."""
@@ -27,6 +31,26 @@ def print_line(text: str) -> None:
 def print_error(message: str) -> None:
     """Print an error to standard error."""
     make_console(stderr=True).print(f"[red]error:[/] {escape(message)}", soft_wrap=True)
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Print the package's own warnings as a line each: where in the code they arise helps nobody.
+
+    Others are shown as Python shows them.
+    """
+    python = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if not issubclass(category, AmskvWarning):
+            return python(message, category, *place, **more)
+        text = f"[yellow]warning:[/] {escape(str(message))}"
+        return make_console(stderr=True).print(text, soft_wrap=True)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", AmskvWarning)  # every prompt that is cut
+        warnings.showwarning = show
+        yield
 
 
 Update = Callable[[str, float | None], None]

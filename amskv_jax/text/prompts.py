@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from amskv_jax.errors import AmskvError, UsageError
+from amskv_jax.errors import AmskvError, AmskvWarning, UsageError
 
 MAX_TOKENS = 512
 """Longest prompt, its end token included; the one Infinity was trained with."""
@@ -15,7 +15,7 @@ END = "</s>"
 LAST_WORDS, LAST_CHARACTERS = 6, 60
 
 
-class PromptCutWarning(UserWarning):
+class PromptCutWarning(AmskvWarning):
     """A prompt has more tokens than the model can take; what is behind them has no influence."""
 
 
