@@ -17,7 +17,7 @@ DECODED_BYTES = 2**30
 large."""
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2), static_argnames="mesh")
+@partial(jax.jit, static_argnums=(0, 1, 2, 5))
 def decode(
     model: Model,
     schedule: ScaleSchedule,
@@ -52,7 +52,7 @@ def decode(
     return lax.map(one, latents, batch_size=max(1, DECODED_BYTES // tokenizer.activation_bytes))
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2), static_argnames="mesh")
+@partial(jax.jit, static_argnums=(0, 1, 2, 5))
 def decode_pixels(
     model: Model,
     schedule: ScaleSchedule,

@@ -91,8 +91,7 @@ class SplitHeadSlots:
 def _ends(slots: HeadSlots) -> tuple[int, ...]:
     """Return where in the pool every set of heads begins, and where the last ends."""
     sizes = [
-        group.capacity * len(heads)
-        for group, heads in zip(slots.groups, slots.heads, strict=True)
+        group.capacity * len(heads) for group, heads in zip(slots.groups, slots.heads, strict=True)
     ]
     return tuple(accumulate(sizes, initial=0))
 
