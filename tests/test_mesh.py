@@ -1,18 +1,25 @@
 """Several devices; what needs them is in ``mesh_checks``, for a process with eight."""
 
+import json
 import os
 import pickle
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
 import pytest
+import typer
 from checks import message
 
+from amskv_jax.cli import app
 from amskv_jax.errors import UsageError
 from amskv_jax.mesh import MeshShape, gathered, mean_over, shards
 
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "devices.md").read_text(encoding="utf-8")
 FLAG = "--xla_force_host_platform_device_count=8"
 
 
@@ -30,6 +37,41 @@ def test_on_eight_devices(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_benchmark(tmp_path):
+    """On two devices, with a small model."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {FLAG.replace('8', '2')}"
+    options = ["--data", "var-tiny:2", "--model", "var-tiny:2", "--dtype", "float32"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "mesh.py", *options, "--repeats", "1", "--out", "."],
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "mesh.json").read_text())
+    assert (found["devices"], found["float32"]) == (2, True)
+    assert set(found["compared"].values()) == {1.0}
+    counted = {name: arm["all_reduces"] for name, arm in found["arms"].items()}
+    names = [f"var-tiny, {mesh}" for mesh in ("one device, batch 2", "data=2, batch 4")]
+    assert counted == {names[0]: 0, names[1]: 0, "var-tiny, model=2, batch 2": 8}
+    assert (tmp_path / "mesh.md").read_text().count("| var-tiny | ") == 3
+
+
+def page_commands():
+    for block in re.findall(r"^```sh\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL):
+        yield from (shlex.split(line)[1:] for line in block.splitlines())
+
+
+@pytest.mark.parametrize("words", list(page_commands()), ids=" ".join)
+def test_commands_of_the_page_exist_and_name_meshes(words):
+    command = typer.main.get_command(app).commands[words[0]]
+    context = command.make_context("amskv", words[1:])  # raises if an option is unknown
+    assert MeshShape.parse(context.params["mesh"]).size > 1
 
 
 def test_meshes_in_words():
