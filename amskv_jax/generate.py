@@ -110,18 +110,20 @@ class Sampler:
         if self.mesh is None:
             return self._generate(params, condition, keys, controls)
         self.mesh.check(self.shape.num_heads, len(keys))
-        pictures = P(DATA)
+        whole: Any = P()  # trees of specs have the form of trees of arrays
+        pictures: Any = P(DATA)
+        later: Any = P(None, DATA)
         forced = None if controls.forced is None else pictures
-        seen = P(None, DATA) if self.observe and self.observe.per_row else P()
+        seen = later if self.observe and self.observe.per_row else whole
         specs = Samples(
             tokens=pictures,
             latent=pictures,
             logits=pictures if self.trace else None,
-            latents=P(None, DATA) if self.trace else None,
+            latents=later if self.trace else None,
             observed=seen if self.observe else None,
         )
         inputs = condition, keys, controls
-        in_specs = pictures, pictures, Controls(P(), P(), forced)
+        in_specs = pictures, pictures, Controls(whole, whole, forced)
         samples: Samples = self.mesh.run(self._generate, params, inputs, in_specs, specs)
         return samples
 

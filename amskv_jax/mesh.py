@@ -207,7 +207,7 @@ class MeshShape:
         size = leaf.shape[share.axis]
         if size % self.model:
             raise UsageError(f"{path} has {size} channels, which model={self.model} cannot share")
-        axes = [None] * leaf.ndim
+        axes: list[str | None] = [None] * leaf.ndim
         axes[share.axis] = MODEL
         return P(*axes)
 
