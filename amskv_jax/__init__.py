@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from amskv_jax.decode import decode
     from amskv_jax.errors import AmskvError, UsageError
     from amskv_jax.generate import Sampler, Samples, picture_keys
+    from amskv_jax.mesh import MeshShape
     from amskv_jax.models.guidance import Controls, Drawing, Guidance
     from amskv_jax.models.var.config import VARConfig, VQVAEConfig
     from amskv_jax.models.var.model import VARModel
@@ -64,6 +65,7 @@ _MODULE_OF = {
         "checkpoints.hub": ("fetch",),
         "checkpoints.initialize": ("init_checkpoint",),
         "checkpoints.publish": ("push",),
+        "mesh": ("MeshShape",),
         "plan.memory": ("CacheGeometry", "MemoryReport"),
         "models.guidance": ("Controls", "Drawing", "Guidance"),
         "models.var.config": ("VARConfig", "VQVAEConfig"),
@@ -109,6 +111,7 @@ __all__ = [
     "KVCache",
     "LayerStats",
     "MemoryReport",
+    "MeshShape",
     "ModelConfig",
     "OnlineAMSKV",
     "Pipeline",

@@ -18,6 +18,7 @@ from amskv_jax.checkpoints.initialize import random_params
 from amskv_jax.drawing import Drawer
 from amskv_jax.errors import AmskvError
 from amskv_jax.generate import Sampler, picture_keys
+from amskv_jax.mesh import put_on
 
 ARM_ENVIRONMENT = {
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # or the peak is what was set aside
@@ -130,12 +131,12 @@ def _measure(
     trace: str | os.PathLike[str] | None,
 ) -> Measurement:
     model = sampler.model
-    params = random_params(
-        model, dtype=sampler.dtype, parts=("transformer", "tokenizer"), put=jax.device_put
-    )
+    put = put_on(sampler.mesh)
+    params = random_params(model, dtype=sampler.dtype, parts=("transformer", "tokenizer"), put=put)
     conditions = model.conditions(None)
     controls = model.controls(sampler.plan.schedule, model.drawing)
     drawer = Drawer(sampler, params, conditions, controls, batch, decode=decode)
+    batch = drawer.batch
     condition, keys = conditions.batch(np.arange(batch)), picture_keys(jax.random.key(0), batch)
     seconds = []
     for _ in range(repeats + 1):

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from amskv_jax.cache.layout import Slots
 from amskv_jax.cache.static import StaticSlots
 from amskv_jax.cache.store import KVCache
 from amskv_jax.errors import UsageError
+from amskv_jax.mesh import MODEL, gathered, mean_over
 from amskv_jax.models.guidance import Drawing
 from amskv_jax.models.protocol import Conditions
 from amskv_jax.pipeline import Pipeline
@@ -53,6 +54,7 @@ class AttentionObserver:
       top_counts: see ``LayerStats``.
     """
 
+    per_row: ClassVar[bool] = True
     schedule: ScaleSchedule
     top_counts: tuple[int, ...] = TOP_COUNTS
 
@@ -72,7 +74,10 @@ class AttentionObserver:
         density, history_top = attention_shares(query, keys, scale, self.top_counts)
         later = self.schedule.num_scales - 1 - step
         density = jnp.pad(density, ((0, 0), (0, 0), (0, later)))
-        return Observation(similarity, cosine, density, history_top)
+        similarity, cosine, history_top = (
+            mean_over(x, MODEL) for x in (similarity, cosine, history_top)
+        )
+        return Observation(similarity, cosine, gathered(density, 1), history_top)
 
 
 def calibrate(
@@ -115,7 +120,7 @@ def calibrate(
     drawer = pipe.drawer(sampler, conditions, batch, drawing, decode=False)
     sums: list[Observation] | None = None
     for drawn in drawer.batches(pipe.params, seed, 0, count, pipe.controls(drawing)):
-        sum_rows = partial(_sum_rows, batch=batch, real=drawn.count)
+        sum_rows = partial(_sum_rows, batch=drawer.batch, real=drawn.count)
         found = [jax.tree.map(sum_rows, scans[0]) for scans in drawn.samples.observed]
         sums = found if sums is None else jax.tree.map(np.add, sums, found)
         progress(drawn.first + drawn.count)

@@ -6,7 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
+from amskv_jax.mesh import DATA, MODEL, MeshShape
 from amskv_jax.models.protocol import Model
 from amskv_jax.schedule import ScaleSchedule
 
@@ -15,9 +17,14 @@ DECODED_BYTES = 2**30
 large."""
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@partial(jax.jit, static_argnums=(0, 1, 2, 5))
 def decode(
-    model: Model, schedule: ScaleSchedule, dtype: str, params: Any, latents: jax.Array
+    model: Model,
+    schedule: ScaleSchedule,
+    dtype: str,
+    params: Any,
+    latents: jax.Array,
+    mesh: MeshShape | None = None,
 ) -> jax.Array:
     """Return the pictures of latents.
 
@@ -27,10 +34,16 @@ def decode(
       dtype: "float32" or "bfloat16", in which the decoder computes.
       params: the weights, a tree per part; only the tokenizer's are used.
       latents: [B, h, w, C] float32, as ``Samples.latent``.
+      mesh: devices which share the pictures, all of them if there are enough pictures.
 
     Returns:
       [B, height, width, 3] float32 in [0, 1].
     """
+    if mesh is not None:
+        spec = P((DATA, MODEL)) if len(latents) % mesh.size == 0 else P(DATA)
+        own = partial(decode, model, schedule, dtype)
+        pictures: jax.Array = mesh.run(own, params, (latents,), (spec,), spec)
+        return pictures
     _, tokenizer = model.bind({"tokenizer": params["tokenizer"]}, schedule, dtype)
 
     def one(latent: jax.Array) -> jax.Array:
@@ -39,12 +52,17 @@ def decode(
     return lax.map(one, latents, batch_size=max(1, DECODED_BYTES // tokenizer.activation_bytes))
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@partial(jax.jit, static_argnums=(0, 1, 2, 5))
 def decode_pixels(
-    model: Model, schedule: ScaleSchedule, dtype: str, params: Any, latents: jax.Array
+    model: Model,
+    schedule: ScaleSchedule,
+    dtype: str,
+    params: Any,
+    latents: jax.Array,
+    mesh: MeshShape | None = None,
 ) -> jax.Array:
     """Return the pictures of latents as uint8 [B, height, width, 3]; see ``decode``."""
-    pictures = decode(model, schedule, dtype, params, latents)
+    pictures = decode(model, schedule, dtype, params, latents, mesh)
     return jnp.rint(jnp.clip(pictures, 0, 1) * 255).astype(jnp.uint8)
 
 

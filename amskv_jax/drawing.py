@@ -12,6 +12,7 @@ import numpy as np
 
 from amskv_jax.decode import decode_pixels
 from amskv_jax.generate import Sampler, Samples, picture_keys
+from amskv_jax.mesh import DATA
 from amskv_jax.models.guidance import Controls
 from amskv_jax.models.protocol import Conditions
 
@@ -107,9 +108,11 @@ class Drawer:
           params: the weights, see ``Sampler``; arrays, or structs of their shapes.
           conditions: what to draw, also later: only their shapes are compiled in.
           controls: of the shapes that later ones have.
-          batch: pictures drawn at once.
+          batch: pictures drawn at once; on a mesh the next number that shares out over ``data``.
           decode: make pictures of the latents.
         """
+        mesh = sampler.mesh
+        batch = batch if mesh is None else mesh.filled(batch)
         self.sampler, self.conditions, self.batch = sampler, conditions, batch
         start = time.perf_counter()
         keys = jax.eval_shape(lambda: picture_keys(jax.random.key(0), batch))
@@ -118,8 +121,11 @@ class Drawer:
         lowered = [sampler.lower(params, condition, keys, own)]
         if decode:
             latent = lowered[0].out_info.latent
+            if mesh is not None:
+                sharding = mesh.sharding(DATA)
+                latent = jax.ShapeDtypeStruct(latent.shape, latent.dtype, sharding=sharding)
             how = sampler.model, sampler.plan.schedule, sampler.dtype
-            lowered.append(decode_pixels.lower(*how, _tokenizer(params), latent))
+            lowered.append(decode_pixels.lower(*how, _tokenizer(params), latent, mesh))
         self.trace_seconds = time.perf_counter() - start
         self.programs = [program.compile() for program in lowered]
         self.compile_seconds = time.perf_counter() - start

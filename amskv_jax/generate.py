@@ -8,11 +8,13 @@ import chex
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import PartitionSpec as P
 
 from amskv_jax.attention import Attention, Implementation
 from amskv_jax.cache.layout import CacheLayout
 from amskv_jax.cache.stack import Observer, apply_blocks
 from amskv_jax.cache.store import Store
+from amskv_jax.mesh import DATA, MeshShape, shards
 from amskv_jax.models.guidance import Controls, Guidance
 from amskv_jax.models.protocol import Model, Tokenizer
 from amskv_jax.numbers import numbers_of
@@ -63,9 +65,11 @@ class Sampler:
       attention: back end, see ``attention.attend``.
       trace: whether to return logits and the latents of all scales.
       observe: looks at every layer's attention, see ``stack.Observer``.
+      mesh: the devices which share the work; None for one device.
 
     Raises:
       AmskvError: if model and plan do not fit together.
+      UsageError: if the heads do not share out over the mesh.
     """
 
     model: Model
@@ -77,10 +81,13 @@ class Sampler:
     attention: Implementation = "auto"
     trace: bool = False
     observe: Observer | None = None
+    mesh: MeshShape | None = None
 
     def __post_init__(self) -> None:
         self.model.check_schedule(self.plan.schedule)
         self.plan.check(self.shape)
+        if self.mesh is not None:
+            self.mesh.check(self.shape.num_heads)
 
     @property
     def shape(self) -> CacheShape:
@@ -96,16 +103,44 @@ class Sampler:
           condition: what to draw, leaves [B, ...]: see ``protocol.Conditions``.
           keys: [B] PRNG keys, see ``picture_keys``.
           controls: strength of guidance, temperature, forced codes: see ``Model.controls``.
+
+        Raises:
+          UsageError: if the pictures do not share out over the mesh.
         """
+        if self.mesh is None:
+            return self._generate(params, condition, keys, controls)
+        self.mesh.check(self.shape.num_heads, len(keys))
+        whole: Any = P()  # trees of specs have the form of trees of arrays
+        pictures: Any = P(DATA)
+        later: Any = P(None, DATA)
+        forced = None if controls.forced is None else pictures
+        seen = later if self.observe and self.observe.per_row else whole
+        specs = Samples(
+            tokens=pictures,
+            latent=pictures,
+            logits=pictures if self.trace else None,
+            latents=later if self.trace else None,
+            observed=seen if self.observe else None,
+        )
+        inputs = condition, keys, controls
+        in_specs = pictures, pictures, Controls(whole, whole, forced)
+        samples: Samples = self.mesh.run(self._generate, params, inputs, in_specs, specs)
+        return samples
+
+    def _generate(
+        self, params: Any, condition: Any, keys: jax.Array, controls: Controls
+    ) -> Samples:
+        """Generate, on a mesh one device's share."""
         batch, schedule, guidance = len(keys), self.plan.schedule, self.guidance
         chex.assert_tree_shape_prefix(condition, (batch,))
         chex.assert_shape((controls.strength, controls.temperature), (schedule.num_scales,))
         transformer, tokenizer = self.model.bind(params, schedule, self.dtype)
         prepared = transformer.prepare(condition, guidance)
-        layout = CacheLayout.of(self.plan, Store(numbers_of(self.cache_dtype or self.dtype)))
+        store = Store(numbers_of(self.cache_dtype or self.dtype))
+        layout = CacheLayout.of(self.plan, store, shards())
         shape = self.shape
         rows = batch * guidance.rows_per_picture
-        caches = layout.init(rows, shape.num_heads, shape.head_dim)
+        caches = layout.init(rows, shape.num_heads // shards(), shape.head_dim)
         mixes = jnp.asarray(guidance.layer_flags(shape.num_layers))
 
         x = prepared.start

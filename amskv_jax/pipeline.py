@@ -16,6 +16,7 @@ from amskv_jax.checkpoints.info import CheckpointInfo
 from amskv_jax.decode import decode
 from amskv_jax.drawing import Drawer
 from amskv_jax.generate import Sampler, Samples, picture_keys
+from amskv_jax.mesh import MeshShape
 from amskv_jax.models.guidance import Controls, Drawing
 from amskv_jax.models.protocol import Conditions, Model
 from amskv_jax.plan.memory import CacheGeometry
@@ -33,7 +34,7 @@ DRAWING_PARTS = ("transformer", "tokenizer")
 
 @dataclass(frozen=True, eq=False)
 class Pipeline:
-    """A model with its weights on the default device.
+    """A model with its weights on the default device, or shared by the devices of a mesh.
 
     Attributes:
       model: the model's shape.
@@ -47,6 +48,7 @@ class Pipeline:
         the same.
       default: what is drawn where nothing else is asked for; the model's own examples if None.
       cache_dtype: how cached numbers are kept, a name of ``numbers.NUMBERS``; None for ``dtype``.
+      mesh: the devices which share the work; None for JAX's default device.
     """
 
     model: Model
@@ -59,6 +61,7 @@ class Pipeline:
     encode: Callable[[Any], Any] | None = None
     default: Conditions | None = None
     cache_dtype: str | None = None
+    mesh: MeshShape | None = None
 
     @classmethod
     def of(
@@ -69,6 +72,7 @@ class Pipeline:
         *,
         schedule: ScaleSchedule | None = None,
         encode: Callable[[Any], Any] | None = None,
+        mesh: MeshShape | None = None,
     ) -> "Pipeline":
         """Return the pipeline of a checkpoint.
 
@@ -78,6 +82,7 @@ class Pipeline:
           dtype: as in ``load``.
           schedule: what is drawn; the model's own if not given.
           encode: see the class.
+          mesh: on whose devices the weights are.
 
         Raises:
           AmskvError: if the model cannot draw the schedule.
@@ -93,6 +98,7 @@ class Pipeline:
             fingerprint=info.fingerprint,
             classes=info.classes,
             encode=encode,
+            mesh=mesh,
         )
 
     @property
@@ -149,6 +155,7 @@ class Pipeline:
             attention=attention,
             trace=trace,
             observe=observe,
+            mesh=self.mesh,
         )
 
     def controls(
@@ -250,13 +257,18 @@ class Pipeline:
         chosen = replace(self.drawing, **{k: v for k, v in drawing.items() if v is not None})
         sampler = self.sampler(policy, chosen, stats=stats, attention=attention)
         count = len(conditions)
-        condition = conditions.batch(np.arange(count))
-        keys = picture_keys(key, count)
+        batch = count if self.mesh is None else self.mesh.filled(count)
+        condition = conditions.batch(np.arange(batch))
+        keys = picture_keys(key, batch)
+        if forced is not None and len(forced) == count:
+            forced = np.asarray(forced)[np.arange(batch) % count]
         controls = self.controls(chosen, forced)
         samples: Samples = sampler(self.params, condition, keys, controls)
         tokenizer = {"tokenizer": self.params["tokenizer"]}
-        pictures = decode(self.model, self.schedule, self.dtype, tokenizer, samples.latent)
-        return replace(samples, pictures=pictures)
+        how = self.model, self.schedule, self.dtype
+        pictures = decode(*how, tokenizer, samples.latent, self.mesh)
+        samples = replace(samples, pictures=pictures)
+        return samples if batch == count else jax.tree.map(lambda leaf: leaf[:count], samples)
 
 
 def load(
@@ -264,8 +276,9 @@ def load(
     dtype: str | None = None,
     *,
     weights: bool = True,
+    mesh: MeshShape | None = None,
 ) -> Pipeline:
-    """Load a checkpoint onto the default device.
+    """Load a checkpoint onto the default device, or the devices of a mesh.
 
     Args:
       source: a folder made by ``convert_var`` or ``init_checkpoint``, a packed checkpoint, an
@@ -274,12 +287,17 @@ def load(
       dtype: "float32" or "bfloat16"; None takes the one in which the weights are stored.
       weights: load them too; plans and conditions need none. The text encoder's never are: it is
         loaded when there are prompts to encode, and dropped again.
+      mesh: devices which share the work; each gets no more of the weights than it needs.
 
     Raises:
-      AmskvError: if this is no checkpoint, or damaged, or cannot be downloaded.
+      AmskvError: if this is no checkpoint, or damaged, or cannot be downloaded, or there are too
+        few devices.
+      UsageError: if the heads do not share out over the mesh.
     """
     place = find_checkpoint(source)
     info = read_info(place)
-    params = load_checkpoint(place, dtype, DRAWING_PARTS).params if weights else None
-    encode = PromptReader(place, dtype) if info.model.takes == "prompts" else None
-    return Pipeline.of(info, params, dtype, encode=encode)
+    if mesh is not None:
+        mesh.check(info.model.cache_shape(info.model.schedule).num_heads)
+    params = load_checkpoint(place, dtype, DRAWING_PARTS, mesh).params if weights else None
+    encode = PromptReader(place, dtype, mesh) if info.model.takes == "prompts" else None
+    return Pipeline.of(info, params, dtype, encode=encode, mesh=mesh)

@@ -6,7 +6,7 @@ and says in NumPy what it should have been.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +88,8 @@ def with_pictures(model: Model, plan: RetentionPlan, params: Any, samples: Sampl
 @dataclass(frozen=True)
 class Recorder:
     """Records what every layer attends with and what it gets; see ``stack.Observer``."""
+
+    per_row: ClassVar[bool] = True
 
     def __call__(
         self, slots: Slots, cache: Any, layer: jax.Array, step: int, qkv: QKV, scale: float

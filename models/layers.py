@@ -10,6 +10,7 @@ from flax import linen as nn
 from jax import lax
 
 from amskv_jax.attention import Attention
+from amskv_jax.mesh import gathered, shards, summed_product
 from amskv_jax.precision import precision_of
 
 NORM_EPSILON = 1e-6
@@ -35,6 +36,8 @@ def normalize_heads(x: jax.Array) -> jax.Array:
 class SelfAttention(nn.Module):
     """Multi-head self-attention around an injected attention function.
 
+    Where devices share the heads (``mesh``), each has the weights of its own.
+
     Attributes:
       num_heads: heads; they share the width equally.
       l2_norm: queries and keys have unit length, with a learned temperature per head.
@@ -50,7 +53,7 @@ class SelfAttention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, attention: Attention) -> tuple[jax.Array, Any]:
         """Map [rows, T, D] to [rows, T, D] and the carry of ``attention``."""
-        heads, width = self.num_heads, x.shape[-1]
+        heads, width = self.num_heads // shards(), x.shape[-1] // shards()
         dense = {"dtype": self.dtype, "precision": precision_of(self.dtype)}
         qkv = nn.Dense(3 * width, use_bias=False, name="qkv", **dense)(x)
         query, key, value = jnp.split(qkv, 3, axis=-1)
@@ -70,7 +73,8 @@ class SelfAttention(nn.Module):
         query, key, value = (part.astype(self.dtype) for part in (query, key, value))
         output, carry = attention(query, key, value)
         output = output.reshape(*output.shape[:-2], width)
-        return nn.Dense(width, name="out", **dense)(output), carry
+        out = nn.Dense(x.shape[-1], name="out", dot_general=summed_product, **dense)
+        return out(output), carry
 
 
 class FeedForward(nn.Module):
@@ -83,8 +87,8 @@ class FeedForward(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map [rows, T, D] to [rows, T, D]."""
         dense = {"dtype": self.dtype, "precision": precision_of(self.dtype)}
-        h = nn.gelu(nn.Dense(self.hidden, name="up", **dense)(x), approximate=True)
-        return nn.Dense(x.shape[-1], name="down", **dense)(h)
+        h = nn.gelu(nn.Dense(self.hidden // shards(), name="up", **dense)(x), approximate=True)
+        return nn.Dense(x.shape[-1], name="down", dot_general=summed_product, **dense)(h)
 
 
 class StackedDense(nn.Module):
@@ -96,10 +100,10 @@ class StackedDense(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map [rows, D] to [depth, rows, features] in float32."""
-        width = x.shape[-1]
+        width, features = x.shape[-1], self.features // shards()
         init = nn.initializers.truncated_normal(0.5 * math.sqrt(1 / (3 * width)))
-        kernel = self.param("kernel", init, (self.depth, width, self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.depth, self.features))
+        kernel = self.param("kernel", init, (self.depth, width, features))
+        bias = self.param("bias", nn.initializers.zeros, (self.depth, features))
         x = x.astype(kernel.dtype)
         y = jnp.einsum(
             "rd,lde->lre",
@@ -108,7 +112,7 @@ class StackedDense(nn.Module):
             precision=precision_of(kernel.dtype),
             preferred_element_type=jnp.float32,
         )
-        return y + bias[:, None].astype(jnp.float32)
+        return gathered(y + bias[:, None].astype(jnp.float32), -1)
 
 
 class Head(nn.Module):

@@ -8,6 +8,7 @@ from typing import Any
 from amskv_jax.cache.heads import HeadSlots
 from amskv_jax.cache.online import OnlineSlots
 from amskv_jax.cache.selecting import SelectingSlots
+from amskv_jax.cache.split import SplitHeadSlots
 from amskv_jax.cache.static import StaticSlots
 from amskv_jax.cache.store import Slots, Store
 from amskv_jax.errors import AmskvError
@@ -24,9 +25,15 @@ SLOTS: dict[type, Callable[[Any, ScaleSchedule, Store], Slots]] = {
 }
 """Kind of row -> how its slots are assigned."""
 
+SPLIT_SLOTS: dict[type, Callable[[Any, ScaleSchedule, Store, int], Slots]] = {
+    HeadRow: SplitHeadSlots.of,
+}
+"""Kinds of rows which are not the same for all heads -> how slots are assigned where several
+devices share the heads."""
 
-def slots_of(row: Row, schedule: ScaleSchedule, store: Store) -> Slots:
-    """Assign slots to a row of any kind.
+
+def slots_of(row: Row, schedule: ScaleSchedule, store: Store, shards: int = 1) -> Slots:
+    """Assign slots to a row of any kind, whose heads ``shards`` devices share.
 
     Raises:
       AmskvError: if the kind is unknown.
@@ -36,6 +43,8 @@ def slots_of(row: Row, schedule: ScaleSchedule, store: Store) -> Slots:
             f"no slots are known for a row of the kind {type(row).__name__}: "
             f"expected {', '.join(kind.__name__ for kind in SLOTS)}"
         )
+    if shards > 1 and type(row) in SPLIT_SLOTS:
+        return SPLIT_SLOTS[type(row)](row, schedule, store, shards)
     return SLOTS[type(row)](row, schedule, store)
 
 
@@ -55,12 +64,19 @@ class CacheLayout:
 
     @classmethod
     @lru_cache(maxsize=64)
-    def of(cls, plan: RetentionPlan, store: Store) -> "CacheLayout":
-        """Return the layout of a plan whose numbers are kept by ``store``."""
+    def of(cls, plan: RetentionPlan, store: Store, shards: int = 1) -> "CacheLayout":
+        """Return the layout of a plan whose numbers are kept by ``store``.
+
+        Args:
+          plan: what is kept.
+          store: how.
+          shards: how many devices share the heads; the layout is that of each.
+        """
         rows = list(dict.fromkeys(plan.rows))
         group_of = tuple(rows.index(row) for row in plan.rows)
         index = tuple(group_of[:layer].count(group) for layer, group in enumerate(group_of))
-        return cls(tuple(slots_of(row, plan.schedule, store) for row in rows), group_of, index)
+        slots = tuple(slots_of(row, plan.schedule, store, shards) for row in rows)
+        return cls(slots, group_of, index)
 
     def init(self, rows: int, num_heads: int, head_dim: int) -> tuple[Any, ...]:
         """Return empty buffers for ``rows`` batch rows, one entry per group."""

@@ -6,7 +6,7 @@ calibration should do.
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from flax import struct
 
 from amskv_jax.attention import QKV, Implementation, attend
 from amskv_jax.cache.store import KVCache, Store, after, read, write
+from amskv_jax.mesh import DATA, MODEL, mean_over
 from amskv_jax.plan.runtime_rows import OnlineRow
 from amskv_jax.schedule import ScaleSchedule
 from amskv_jax.similarity import key_similarity
@@ -119,7 +120,8 @@ class OnlineSlots:
     def decide(self, cache: OnlineCache, layer: jax.Array, step: int, key: jax.Array) -> Decision:
         """Return what the layer decides once the step's keys [rows, T, heads, head_dim] are known.
 
-        One decision is taken for the whole batch, so pictures depend on their neighbours here.
+        One decision is taken for the whole batch, so pictures depend on their neighbours here, and
+        the devices of a mesh on each other.
         """
         schedule, row = self.schedule, self.row
         size, tokens = schedule.tokens[step], np.array(schedule.tokens)
@@ -132,7 +134,7 @@ class OnlineSlots:
             previous = self.store.decode(part, jnp.float32)[0]
             own = self.store.decode(self.store.encode(key, key), jnp.float32)[0]
             grids = schedule.grids[step - 1], schedule.grids[step]
-            similarity = key_similarity(previous, own, *grids)[0].mean()
+            similarity = mean_over(key_similarity(previous, own, *grids)[0].mean(), DATA, MODEL)
             capacity = jnp.where(expanded, row.c_max, row.c_min)
             expanded |= (used + size > capacity) & (similarity < row.theta)
         capacity = jnp.where(expanded, row.c_max, row.c_min)
@@ -150,6 +152,8 @@ class OnlineSlots:
 @dataclass(frozen=True)
 class DecisionObserver:
     """Records the decisions of a plan of ``OnlineRow``; see ``stack.Observer``."""
+
+    per_row: ClassVar[bool] = False
 
     def __call__(
         self,

@@ -1,7 +1,7 @@
 """Running the blocks of a transformer over stacked weights and the cache, by ``lax.scan``."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import numpy as np
@@ -24,7 +24,13 @@ class Observer(Protocol):
     """Looks at the attention of every layer during generation; hashable, pure.
 
     What it returns must have the same shapes for all layers that are scanned together.
+
+    Attributes:
+      per_row: whether the first axis of what it returns are the batch's rows; if not, it returns
+        the same on all devices of a mesh.
     """
+
+    per_row: ClassVar[bool]
 
     def __call__(
         self, slots: Slots, cache: Any, layer: jax.Array, step: int, qkv: QKV, scale: float

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -29,6 +28,7 @@ from amskv_jax.checkpoints.weights import (
 from amskv_jax.checkpoints.writer import CheckpointWriter
 from amskv_jax.errors import AmskvError
 from amskv_jax.files import check_new_directory
+from amskv_jax.mesh import MeshShape, put_on
 from amskv_jax.models.guidance import Drawing
 from amskv_jax.models.kinds import find_kind, part_types
 from amskv_jax.models.protocol import Model
@@ -40,7 +40,7 @@ class Checkpoint:
 
     Attributes:
       info: as stored; ``info.dtype`` is that of the file even if the weights were cast.
-      params: one parameter tree per part that was asked for, of arrays on JAX's default device.
+      params: one parameter tree per part that was asked for, of arrays on the devices.
     """
 
     info: CheckpointInfo
@@ -179,23 +179,26 @@ def load_checkpoint(
     directory: str | os.PathLike[str],
     dtype: str | None = None,
     parts: Iterable[str] | None = None,
+    mesh: MeshShape | None = None,
 ) -> Checkpoint:
-    """Load a checkpoint, or some parts of it, onto JAX's default device.
+    """Load a checkpoint, or some parts of it, onto the devices.
 
     Args:
       directory: the folder, or the packed file.
       dtype: "float32" or "bfloat16" to cast the weights, see ``storage_dtype``; None leaves them as
         they are stored.
       parts: which are loaded, such as ("transformer", "tokenizer"); by default all.
+      mesh: devices among which the weights are shared out, one by one as they are read; by default
+        all are put on JAX's default device.
 
     Raises:
       AmskvError: if the folder is no checkpoint, of a newer version, damaged, or lacks a part.
     """
     info = read_info(directory)
-    params = {}
+    params, put = {}, put_on(mesh)
     for path, leaf in read_leaves(directory, info, parts):
         target = storage_dtype(path, dtype or info.dtype)
-        params[path] = jax.device_put(leaf.astype(target, copy=False))
+        params[path] = put(path, leaf.astype(target, copy=False))
         del leaf
     return Checkpoint(info, unflatten_dict(params, sep="/"))
 

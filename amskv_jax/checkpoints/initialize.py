@@ -47,7 +47,7 @@ def random_params(
     dtype: str = "float32",
     *,
     parts: Iterable[str] | None = None,
-    put: Callable[[np.ndarray], Any] = lambda leaf: leaf,
+    put: Callable[[str, np.ndarray], Any] = lambda path, leaf: leaf,
 ) -> dict[str, Any]:
     """Return random weights of a model, a tree of arrays for every part.
 
@@ -58,14 +58,15 @@ def random_params(
       seed: of the random numbers.
       dtype: see ``weights.storage_dtype``.
       parts: which are wanted; by default all.
-      put: what becomes of every parameter, such as ``jax.device_put``, before the next is made.
+      put: what becomes of every parameter, given its "part/path" and values, before the next is
+        made, such as ``mesh.MeshShape.place``.
 
     Raises:
       AmskvError: if the dtype is unknown.
     """
     generator = np.random.default_rng(seed)
     params = {
-        f"{part}/{path}": put(leaf)
+        f"{part}/{path}": put(f"{part}/{path}", leaf)
         for part in (model.parts if parts is None else parts)
         for path, leaf in random_leaves(model.parts[part], generator, dtype)
     }

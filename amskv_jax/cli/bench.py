@@ -8,7 +8,14 @@ import typer
 
 from amskv_jax.cli.console import make_console, print_line, progress
 from amskv_jax.cli.files import check_outputs, check_suffix
-from amskv_jax.cli.options import Attention, CacheDtypeOption, Dtype, ForceOption, StatsOption
+from amskv_jax.cli.options import (
+    Attention,
+    CacheDtypeOption,
+    Dtype,
+    ForceOption,
+    MeshOption,
+    StatsOption,
+)
 from amskv_jax.cli.policy import PoliciesOption
 from amskv_jax.cli.wanted import AspectOption, CfgOption, SizeOption, drawing_of
 from amskv_jax.files import replacing
@@ -31,6 +38,7 @@ def bench(
         ),
     ] = True,
     cache_dtype: CacheDtypeOption = None,
+    mesh: MeshOption = None,
     aspect: AspectOption = None,
     size: SizeOption = None,
     cfg: CfgOption = None,
@@ -62,6 +70,7 @@ def bench(
 
     from amskv_jax import __version__, configs  # noqa: PLC0415
     from amskv_jax.benchmark import OutOfMemoryError, measure_in_new_process  # noqa: PLC0415
+    from amskv_jax.mesh import MeshShape  # noqa: PLC0415
     from amskv_jax.pipeline import Pipeline  # noqa: PLC0415
     from amskv_jax.plan.stats import LayerStats  # noqa: PLC0415
 
@@ -73,6 +82,7 @@ def bench(
         dtype=dtype.value,
         drawing=drawing_of(found.drawing, cfg=cfg),
         cache_dtype=cache_dtype and cache_dtype.value,
+        mesh=MeshShape.parse(mesh),
     )
     statistics = LayerStats.load(stats) if stats else None
     geometry = pipe.geometry(batch)
@@ -98,6 +108,7 @@ def bench(
         content = {
             "model": model,
             "batch": batch,
+            "mesh": mesh,
             "dtype": dtype.value,
             "repeats": repeats,
             "decode": decode,

@@ -15,6 +15,7 @@ from amskv_jax.cli.options import (
     CheckpointOption,
     CompilationCacheOption,
     ForceOption,
+    MeshOption,
     SeedOption,
     StoredDtypeOption,
 )
@@ -54,6 +55,7 @@ def calibrate(
     top_k: TopKOption = None,
     top_p: TopPOption = None,
     dtype: StoredDtypeOption = None,
+    mesh: MeshOption = None,
     force: ForceOption = False,
     compilation_cache: CompilationCacheOption = True,
 ) -> None:
@@ -68,11 +70,13 @@ def calibrate(
 
     from amskv_jax import calibrate as calibration  # noqa: PLC0415
     from amskv_jax.drawing import Chosen  # noqa: PLC0415
+    from amskv_jax.mesh import MeshShape  # noqa: PLC0415
     from amskv_jax.pipeline import load  # noqa: PLC0415
 
     if compilation_cache:
         use_compilation_cache()
-    pipe = load(checkpoint, dtype.value if dtype else None, weights=False)
+    devices = MeshShape.parse(mesh)
+    pipe = load(checkpoint, dtype.value if dtype else None, weights=False, mesh=devices)
     pipe = replace(pipe, schedule=pipe.model.find_schedule(aspect, size))
     conditions = conditions_of(pipe, labels=labels, prompts=prompts, text_features=text_features)
     if conditions is None and pipe.model.takes != "classes":
@@ -83,7 +87,7 @@ def calibrate(
         conditions = Chosen(classes, tuple(number // samples for number in spread))
     drawing = drawing_of(pipe.drawing, cfg=cfg, tau=tau, top_k=top_k, top_p=top_p)
     with progress("loading weights"):
-        pipe = replace(pipe, params=load(checkpoint, pipe.dtype).params)
+        pipe = replace(pipe, params=load(checkpoint, pipe.dtype, mesh=devices).params)
     device = jax.devices()[0]
     print_line(f"{pipe.dtype} on {device.device_kind} ({device.platform})")
 

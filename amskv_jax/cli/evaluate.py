@@ -18,6 +18,7 @@ from amskv_jax.cli.options import (
     ClassifierOption,
     CompilationCacheOption,
     ManyOption,
+    MeshOption,
     SeedOption,
     StatsOption,
     StoredDtypeOption,
@@ -77,6 +78,7 @@ def evaluate(
     shard: Annotated[int, typer.Option(min=1, help="Pictures per file while drawing.")] = 1000,
     dtype: StoredDtypeOption = None,
     attention: AttentionOption = Attention.AUTO,
+    mesh: MeshOption = None,
     stats: StatsOption = None,
     compilation_cache: CompilationCacheOption = True,
 ) -> None:
@@ -90,6 +92,7 @@ def evaluate(
     from amskv_jax.evaluation.evaluate import evaluate as run  # noqa: PLC0415
     from amskv_jax.evaluation.measures import Judge  # noqa: PLC0415
     from amskv_jax.evaluation.metrics import check_picture_count  # noqa: PLC0415
+    from amskv_jax.mesh import MeshShape  # noqa: PLC0415
     from amskv_jax.pipeline import load  # noqa: PLC0415
     from amskv_jax.plan.stats import LayerStats  # noqa: PLC0415
     from amskv_jax.policies.grammar import parse_policies  # noqa: PLC0415
@@ -104,12 +107,14 @@ def evaluate(
         check_picture_count(num, network.dimension)
         if real is None:
             raise UsageError("the metrics compare with real pictures: give --real")
-    model = load(checkpoint, dtype.value if dtype else None, weights=False)
+    devices = MeshShape.parse(mesh)
+    model = load(checkpoint, dtype.value if dtype else None, weights=False, mesh=devices)
     model = replace(model, schedule=model.model.find_schedule(aspect, size))
     conditions = conditions_of(model, prompts=prompts, text_features=text_features)
     if conditions is None and model.model.takes != "classes":
         raise UsageError("nothing to draw: give --prompts or --text-features")
-    model = replace(model, default=conditions, params=load(checkpoint, model.dtype).params)
+    params = load(checkpoint, model.dtype, mesh=devices).params
+    model = replace(model, default=conditions, params=params)
     drawing = drawing_of(model.drawing, cfg=cfg, top_k=top_k, top_p=top_p)
     evaluation = Evaluation(
         num=num,

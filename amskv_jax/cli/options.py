@@ -107,6 +107,15 @@ CacheDtypeOption = Annotated[
     ),
 ]
 AttentionOption = Annotated[Attention, typer.Option("--attention", help="Attention back end.")]
+MeshOption = Annotated[
+    str | None,
+    typer.Option(
+        "--mesh",
+        help="Share the work among devices: pictures over `data`, heads, with their part of the "
+        "cache, and feed-forward layers over `model`. One device if not given.",
+        metavar="data=N,model=M",
+    ),
+]
 ManyOption = Annotated[int, typer.Option("--batch-size", min=1, help="Pictures generated at once.")]
 CompilationCacheOption = Annotated[
     bool,

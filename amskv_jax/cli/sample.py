@@ -18,6 +18,7 @@ from amskv_jax.cli.options import (
     CompilationCacheOption,
     Dtype,
     ForceOption,
+    MeshOption,
     SeedOption,
     StatsOption,
 )
@@ -111,6 +112,7 @@ def sample(
     ] = None,
     cache_dtype: CacheDtypeOption = None,
     attention: Annotated[Attention, typer.Option(help="Attention back end.")] = Attention.AUTO,
+    mesh: MeshOption = None,
     stats: StatsOption = None,
     save_tokens: Annotated[
         Path | None, typer.Option(help="Write tokens, labels and seed here (.npz).")
@@ -134,6 +136,7 @@ def sample(
     from amskv_jax.checkpoints.folder import read_info  # noqa: PLC0415
     from amskv_jax.cli.tables import print_memory, print_plan  # noqa: PLC0415
     from amskv_jax.drawing import Chosen  # noqa: PLC0415
+    from amskv_jax.mesh import MeshShape  # noqa: PLC0415
     from amskv_jax.pipeline import load  # noqa: PLC0415
     from amskv_jax.plan.memory import MemoryReport  # noqa: PLC0415
     from amskv_jax.plan.stats import LayerStats  # noqa: PLC0415
@@ -156,7 +159,7 @@ def sample(
         more_smooth=more_smooth,
     )
     pipe = replace(
-        load(place, dtype.value if dtype else None, weights=False),
+        load(place, dtype.value if dtype else None, weights=False, mesh=MeshShape.parse(mesh)),
         schedule=info.model.find_schedule(aspect, size),
         cache_dtype=cache_dtype and cache_dtype.value,
         drawing=drawing,
@@ -179,6 +182,7 @@ def sample(
     conditions = Chosen(conditions, tuple(shown.tolist()))
     count = len(conditions)
     batch = min(batch_size or count, count)
+    batch = pipe.mesh.filled(batch) if pipe.mesh else batch
     statistics = LayerStats.load(stats, info.fingerprint) if stats else None
     controls = pipe.controls(forced=read_codes(forced_codes, count) if forced_codes else None)
     shape, geometry = pipe.shape, pipe.geometry(batch)
@@ -196,9 +200,11 @@ def sample(
     held = pipe.model.held_bytes(geometry.rows, conditions.batch(np.arange(batch)), pipe.dtype)
     print_memory({"this plan": plans[-1]}, geometry, batch, pipe.dtype, held)
     print_line(f"{pipe.dtype} on {device.device_kind} ({device.platform}), attention {backend}")
+    if pipe.mesh:
+        print_line(f"mesh of {pipe.mesh}: {pipe.mesh.size} devices, {batch} pictures at once")
 
     with progress("loading weights"):
-        pipe = replace(pipe, params=load(place, pipe.dtype).params)
+        pipe = replace(pipe, params=load(place, pipe.dtype, mesh=pipe.mesh).params)
     captions = conditions.captions(pipe.classes)
     panels = {}
     for name, sampler in samplers.items():

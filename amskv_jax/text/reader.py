@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from amskv_jax.checkpoints.folder import load_checkpoint, read_file, read_info
 from amskv_jax.errors import AmskvError, UsageError
+from amskv_jax.mesh import MeshShape
 from amskv_jax.models.infinity.prompts import TextFeatures
 from amskv_jax.models.t5 import T5Config
 from amskv_jax.text.encoder import TextEncoder
@@ -38,10 +39,12 @@ class PromptReader:
     Attributes:
       place: of the checkpoint.
       dtype: of the encoder's products; None for that of its weights.
+      mesh: devices which share the encoder.
     """
 
     place: str | os.PathLike[str]
     dtype: str | None = None
+    mesh: MeshShape | None = None
 
     def __call__(self, wanted: TextFeatures | Texts | str | Sequence[str]) -> TextFeatures:
         """Return the features of prompts; features stay what they are.
@@ -60,7 +63,7 @@ class PromptReader:
         texts = wanted if isinstance(wanted, Texts) else Texts(tuple(wanted))
         if not texts.prompts or not all(isinstance(prompt, str) for prompt in texts.prompts):
             raise UsageError(f"expected one or more prompts, found {wanted!r}")
-        encoder = load_text_encoder(self.place, self.dtype)
+        encoder = load_text_encoder(self.place, self.dtype, mesh=self.mesh)
         return encoder(texts.prompts, texts.negative or None)
 
     def _checked(self, features: TextFeatures) -> TextFeatures:
@@ -74,7 +77,10 @@ class PromptReader:
 
 
 def load_text_encoder(
-    place: str | os.PathLike[str], dtype: str | None = None, batch: int = 8
+    place: str | os.PathLike[str],
+    dtype: str | None = None,
+    batch: int = 8,
+    mesh: MeshShape | None = None,
 ) -> TextEncoder:
     """Load the text encoder of a checkpoint, and nothing else of it.
 
@@ -82,6 +88,7 @@ def load_text_encoder(
       place: of the checkpoint.
       dtype: "float32" or "bfloat16"; None takes the one in which the weights are stored.
       batch: prompts encoded at once.
+      mesh: devices which share the encoder.
 
     Raises:
       AmskvError: if the checkpoint has none.
@@ -93,7 +100,7 @@ def load_text_encoder(
             f"{place} holds no text encoder: convert it again with --text-encoder, or give the "
             "features of prompts with --text-features"
         )
-    checkpoint = load_checkpoint(place, dtype, parts=(PART,))
+    checkpoint = load_checkpoint(place, dtype, (PART,), mesh)
     return TextEncoder(
         config=config,
         params=checkpoint.params[PART],

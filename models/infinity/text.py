@@ -11,6 +11,7 @@ from flax import struct
 from jax import lax
 
 from amskv_jax.attention import attend
+from amskv_jax.mesh import shards
 from amskv_jax.models.guidance import Guidance
 from amskv_jax.models.layers import NORM_EPSILON
 from amskv_jax.precision import precision_of
@@ -137,11 +138,11 @@ class KeysValues(nn.Module):
     @nn.compact
     def __call__(self, text: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Map [rows, L, D] to keys and values [depth, rows, L, heads, head_dim] each."""
-        width = text.shape[-1]
-        init = nn.initializers.truncated_normal(0.5 * math.sqrt(1 / (3 * width)))
-        kernel = self.param("kernel", init, (self.depth, width, 2 * width))
+        width, heads = text.shape[-1] // shards(), self.num_heads // shards()
+        init = nn.initializers.truncated_normal(0.5 * math.sqrt(1 / (3 * text.shape[-1])))
+        kernel = self.param("kernel", init, (self.depth, text.shape[-1], 2 * width))
         bias = self.param("value_bias", nn.initializers.zeros, (self.depth, width))
-        shape = (*text.shape[:2], self.num_heads, width // self.num_heads)
+        shape = (*text.shape[:2], heads, width // heads)
         text = text.astype(self.dtype)
 
         def project(layer: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -12,6 +12,7 @@ from flax import struct
 from jax import lax
 
 from amskv_jax.attention import Attention, Implementation, attend, attend_block_causal
+from amskv_jax.mesh import shards, summed_product
 from amskv_jax.models.guidance import UNGUIDED, Guidance
 from amskv_jax.models.infinity.config import InfinityConfig
 from amskv_jax.models.infinity.rotary import rotate, turns
@@ -74,13 +75,14 @@ class CrossAttention(nn.Module):
         self, x: jax.Array, key: jax.Array, value: jax.Array, lengths: jax.Array
     ) -> jax.Array:
         """Map [rows, T, D] to [rows, T, D]; keys and values are [rows, L, heads, head_dim]."""
-        width = x.shape[-1]
+        width = x.shape[-1] // shards()
         dense = {"dtype": self.dtype, "precision": precision_of(self.dtype)}
         query = nn.Dense(width, name="query", **dense)(x)
-        query = query.reshape(*x.shape[:2], self.num_heads, -1)
+        query = query.reshape(*x.shape[:2], self.num_heads // shards(), -1)
         scale = 1 / math.sqrt(query.shape[-1])
         output = attend(query, key, value, scale, self.implementation, lengths)
-        return nn.Dense(width, name="out", **dense)(output.reshape(x.shape))
+        out = nn.Dense(x.shape[-1], name="out", dot_general=summed_product, **dense)
+        return out(output.reshape(*x.shape[:2], width))
 
 
 class Block(nn.Module):
