@@ -155,7 +155,8 @@ def _exact(
     )
     logits = scale * logits
     if lengths is not None:
-        is_key = jnp.arange(key.shape[-2]) < lengths[..., None, None, None]
+        positions = jnp.arange(key.shape[-2])[*[None] * (logits.ndim - 1)]
+        is_key = positions < lengths[..., None, None, None]
         logits = jnp.where(is_key, logits, -jnp.inf)
     weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
     output = jnp.einsum("...ts,...sd->...td", weights, value, precision=precision)

@@ -177,7 +177,7 @@ def attention_shares(
         logits = jnp.einsum(
             "btnh,bsnh->bnts", query, key, precision=precision, preferred_element_type=jnp.float32
         )
-        probability = jax.nn.softmax(scale * logits, axis=-1) * real[:, None]
+        probability = jax.nn.softmax(scale * logits, axis=-1) * real[None, None, :, None]
         per_key = probability.sum(2)
         density = [per_key[..., start:stop].sum(-1) for start, stop in pairwise(offsets)]
         return jnp.stack(density, axis=-1), _top_sums(probability[..., :history], top_counts)

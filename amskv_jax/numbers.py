@@ -76,17 +76,21 @@ class Scaled:
         missing = -codes.shape[-1] % self._per_byte
         codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, missing)])
         parts = codes.reshape(*codes.shape[:-1], self._per_byte, codes.shape[-1] // self._per_byte)
-        shifts = self.bits * jnp.arange(self._per_byte)[:, None]
-        return (parts << shifts).sum(-2).astype(jnp.uint8), scale
+        return (parts << self._shifts(parts.ndim, jnp.int32)).sum(-2).astype(jnp.uint8), scale
 
     def decode(self, codes: tuple[jax.Array, jax.Array], dtype: DTypeLike) -> jax.Array:
         """See ``Numbers``; the vectors' size must be a multiple of the numbers in a byte."""
         packed, scale = codes
-        shifts = jnp.array(self.bits * jnp.arange(self._per_byte), jnp.uint8)[:, None]
-        parts = (packed[..., None, :] >> shifts) & jnp.uint8(2**self.bits - 1)
+        packed = packed[..., None, :]
+        parts = (packed >> self._shifts(packed.ndim, jnp.uint8)) & jnp.uint8(2**self.bits - 1)
         size = packed.shape[-1] * self._per_byte
-        whole = parts.reshape(*packed.shape[:-1], size).astype(jnp.float32) - self._largest
+        whole = parts.reshape(*packed.shape[:-2], size).astype(jnp.float32) - self._largest
         return (whole * scale.astype(jnp.float32)).astype(dtype)
+
+    def _shifts(self, ndim: int, dtype: DTypeLike) -> jax.Array:
+        """Return the place of each of a byte's numbers, [..., numbers, 1] with ``ndim`` axes."""
+        shifts = self.bits * jnp.arange(self._per_byte, dtype=dtype)
+        return shifts.reshape(*[1] * (ndim - 2), -1, 1)
 
     @property
     def _largest(self) -> int:

@@ -10,6 +10,7 @@ from flax import linen as nn
 from jax import lax
 from jax.typing import DTypeLike
 
+from amskv_jax.models.layers import per_channel
 from amskv_jax.models.strips import identity, in_strips, sum_in_strips
 from amskv_jax.precision import precision_of
 
@@ -49,15 +50,16 @@ class GroupNorm(nn.Module):
 
             return sum_in_strips(x, term, self.strip_bytes) / (height * width * size)
 
-        def per_channel(statistic: jax.Array) -> jax.Array:
+        def of_groups(statistic: jax.Array) -> jax.Array:
             wide = jnp.broadcast_to(statistic, (batch, 1, 1, NUM_GROUPS, size))
             return wide.reshape(batch, 1, 1, channels)
 
         # The fast variance, E[x^2] - E[x]^2, cancels where the mean is large.
         mean = mean_of(lambda groups: groups)
         variance = mean_of(lambda groups: jnp.square(groups - mean))
-        shift, factor = per_channel(mean), per_channel(lax.rsqrt(variance + NORM_EPSILON)) * scale
-        return lambda rows: ((rows - shift) * factor + bias).astype(self.dtype)
+        shift, factor = of_groups(mean), of_groups(lax.rsqrt(variance + NORM_EPSILON))
+        factor, offset = factor * per_channel(scale, x), per_channel(bias, x)
+        return lambda rows: ((rows - shift) * factor + offset).astype(self.dtype)
 
 
 def normalize(x: jax.Array, dtype: DTypeLike, name: str) -> jax.Array:

@@ -17,6 +17,11 @@ NORM_EPSILON = 1e-6
 MAX_LOG_TEMPERATURE = math.log(100.0)
 
 
+def per_channel(vector: jax.Array, x: jax.Array) -> jax.Array:
+    """Return a vector [C] with the axes of x [..., C], [1, ..., C]."""
+    return jnp.expand_dims(vector, tuple(range(x.ndim - 1)))
+
+
 def layer_norm(x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
     """Return the normalised ``x * (1 + scale) + shift``, in float32, with no gain of its own."""
     x = x.astype(jnp.float32)
@@ -57,8 +62,12 @@ class SelfAttention(nn.Module):
         dense = {"dtype": self.dtype, "precision": precision_of(self.dtype)}
         qkv = nn.Dense(3 * width, use_bias=False, name="qkv", **dense)(x)
         query, key, value = jnp.split(qkv, 3, axis=-1)
-        query = query + self.param("query_bias", nn.initializers.zeros, (width,)).astype(self.dtype)
-        value = value + self.param("value_bias", nn.initializers.zeros, (width,)).astype(self.dtype)
+        query_bias = self.param("query_bias", nn.initializers.zeros, (width,)).astype(self.dtype)
+        value_bias = self.param("value_bias", nn.initializers.zeros, (width,)).astype(self.dtype)
+        query, value = (
+            query + per_channel(query_bias, query),
+            value + per_channel(value_bias, value),
+        )
         query, key, value = (
             part.reshape(*part.shape[:-1], heads, width // heads) for part in (query, key, value)
         )
@@ -66,7 +75,7 @@ class SelfAttention(nn.Module):
             initial = nn.initializers.constant(math.log(4.0))
             log_temperature = self.param("log_temperature", initial, (heads,)).astype(jnp.float32)
             temperature = jnp.exp(jnp.minimum(log_temperature, MAX_LOG_TEMPERATURE))
-            query = normalize_heads(query) * temperature[:, None]
+            query = normalize_heads(query) * temperature[None, None, :, None]
             key = normalize_heads(key)
         if self.rotate is not None:
             query, key = self.rotate(query), self.rotate(key)
@@ -134,4 +143,4 @@ class Head(nn.Module):
             precision=precision_of(self.dtype),
             preferred_element_type=jnp.float32,
         )
-        return y + bias.astype(jnp.float32)
+        return y + per_channel(bias.astype(jnp.float32), y)

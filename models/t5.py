@@ -12,6 +12,7 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
+from amskv_jax.models.layers import per_channel
 from amskv_jax.models.parts import Built, module_of
 from amskv_jax.precision import precision_of
 
@@ -100,7 +101,7 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         x = x.astype(jnp.float32)
         root = lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon)
-        return x * root * scale.astype(jnp.float32)
+        return x * root * per_channel(scale.astype(jnp.float32), x)
 
 
 class Linear(nn.Module):
@@ -162,7 +163,7 @@ class RelativeAttention(nn.Module):
         )
         # Finite, so that a row without any token gives no NaN.
         lowest = jnp.finfo(jnp.float32).min
-        logits = jnp.where(mask[:, None, None], logits + bias, lowest)
+        logits = jnp.where(mask[:, None, None], logits + bias[None], lowest)
         weights = nn.softmax(logits, axis=-1).astype(self.dtype)
         output = jnp.einsum(
             "bhts,bshd->bthd",
@@ -269,7 +270,7 @@ class T5Encoder(nn.Module):
         buckets = relative_buckets(distances, config.num_buckets, config.max_distance)
         by_distance = self.position_bias.astype(jnp.float32)[buckets]  # [2 T - 1, heads]
         position = jnp.arange(length)
-        return by_distance[position - position[:, None] + length - 1].transpose(2, 0, 1)
+        return by_distance[position[None] - position[:, None] + length - 1].transpose(2, 0, 1)
 
 
 @module_of.register

@@ -26,6 +26,9 @@ from amskv_jax.checkpoints.initialize import init_checkpoint
 from amskv_jax.cli import main
 from amskv_jax.testing import TINY_VAR, TOKENIZER, TRANSFORMER
 
+# Axes are added where they are meant, or a mistake in a shape broadcasts into a wrong number.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
 
 @dataclass(frozen=True)
 class Finished:

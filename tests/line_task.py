@@ -33,7 +33,7 @@ def line_task(settings):
         noise = jax.random.normal(jax.random.fold_in(jax.random.key(0), state.step), (3,))
 
         def loss(params):
-            return jnp.mean((batch - params["kernel"] - 0.1 * noise) ** 2)
+            return jnp.mean((batch - (params["kernel"] + 0.1 * noise)[None]) ** 2)
 
         value, gradients = jax.value_and_grad(loss)(state.params)
         value = jnp.where(state.step == settings.fail_at, jnp.nan, value)

@@ -149,6 +149,6 @@ def test_cached_generation_equals_the_teacher_forced_pass_on_any_grid():
     conditional, unconditional = (
         apply({"params": params["transformer"]}, rows, inputs) for rows in (labels, jnp.full(3, 5))
     )
-    progress = np.repeat(np.arange(4) / 3, schedule.tokens)[:, None]
+    progress = np.repeat(np.arange(4) / 3, schedule.tokens)[None, :, None]
     guided = (1 + 1.5 * progress) * conditional - 1.5 * progress * unconditional
     np.testing.assert_allclose(out.logits, guided, atol=2e-5)

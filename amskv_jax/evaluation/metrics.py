@@ -166,15 +166,15 @@ def _kth_distance(rows: jax.Array, own: jax.Array, everything: jax.Array, k: int
 
 @jax.jit
 def _within(rows: jax.Array, centres: jax.Array, radii: jax.Array) -> jax.Array:
-    return (_squared_distances(rows, centres) <= radii).any(1)
+    return (_squared_distances(rows, centres) <= radii[None]).any(1)
 
 
 def _squared_distances(rows: jax.Array, columns: jax.Array) -> jax.Array:
     # Distances do not change with the origin, but their rounding errors do.
-    centre = columns.mean(0)
+    centre = columns.mean(0, keepdims=True)
     rows, columns = rows - centre, columns - centre
     products = jnp.matmul(rows, columns.T, precision=lax.Precision.HIGHEST)
-    squares = jnp.square(rows).sum(1)[:, None] + jnp.square(columns).sum(1)
+    squares = jnp.square(rows).sum(1)[:, None] + jnp.square(columns).sum(1)[None]
     return jnp.maximum(squares - 2 * products, 0)
 
 

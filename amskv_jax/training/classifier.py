@@ -220,7 +220,8 @@ def vary(config: ClassifierTraining, key: jax.Array, pictures: jax.Array) -> jax
     top, left = jax.random.randint(
         keys[2], (2, batch, 1, 1, 1), 0, jnp.array([height, width])[:, None, None, None, None]
     )
-    row, column = jnp.arange(height)[:, None, None], jnp.arange(width)[None, :, None]
+    row = jnp.arange(height)[None, :, None, None]
+    column = jnp.arange(width)[None, None, :, None]
     half = config.cutout // 2
     inside = (
         (row >= top - half) & (row < top + half) & (column >= left - half) & (column < left + half)

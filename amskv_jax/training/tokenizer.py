@@ -151,8 +151,8 @@ def objective(
     module: Any = VQVAE(config.model, config.run.dtype)  # Flax's type of `apply` says little
     output, tokens, latent, stages = module.apply({"params": params}, method=forward)
     fixed = lax.stop_gradient
-    codebook = jnp.square(stages - fixed(latent)).mean((1, 2, 3, 4))
-    commitment = jnp.square(fixed(stages) - latent).mean()
+    codebook = jnp.square(stages - fixed(latent)[None]).mean((1, 2, 3, 4))
+    commitment = jnp.square(fixed(stages) - latent[None]).mean()
     absolute = jnp.abs(output - pictures).mean()
     squared = jnp.square(output - pictures).mean()
     loss = (
@@ -188,7 +188,7 @@ def _reseed(
     the longest entries.
     """
     schedule = model.schedule
-    rest = jnp.concatenate([latent[None], latent - stages[:-1]])
+    rest = jnp.concatenate([latent[None], latent[None] - stages[:-1]])
     per_scale = -(-model.vocab_size // schedule.num_scales)
     keys = jax.random.split(key, schedule.num_scales + 1)
     pool = []

@@ -183,7 +183,7 @@ def noisy_tokens(
     for scale, grid in enumerate(module.config.schedule.grids):
         vectors = resize(latent - f_hat, grid, "area").reshape(len(latent), -1, latent.shape[-1])
         products = jnp.einsum("btc,vc->btv", vectors, codebook, precision=Precision.HIGHEST)
-        squares = jnp.sum(vectors**2, -1, keepdims=True) + jnp.sum(codebook**2, -1)
+        squares = jnp.sum(vectors**2, -1, keepdims=True) + jnp.sum(codebook**2, -1)[None, None]
         distance = squares - 2 * products
         temperature = strength * distance.min(-1).mean(-1)
         gumbel = jax.random.gumbel(jax.random.fold_in(key, scale), distance.shape)

@@ -67,7 +67,7 @@ def rotate(x: jax.Array, cosine: jax.Array, sine: jax.Array) -> jax.Array:
       cosine: [T, head_dim / 2] float32.
       sine: likewise.
     """
-    cosine, sine = cosine[:, None], sine[:, None]
+    cosine, sine = cosine[None, :, None], sine[None, :, None]
     even, odd = x[..., 0::2], x[..., 1::2]
     turned = jnp.stack([even * cosine - odd * sine, even * sine + odd * cosine], axis=-1)
     return turned.reshape(x.shape)

@@ -13,7 +13,7 @@ from jax import lax
 from amskv_jax.attention import attend
 from amskv_jax.mesh import shards
 from amskv_jax.models.guidance import Guidance
-from amskv_jax.models.layers import NORM_EPSILON
+from amskv_jax.models.layers import NORM_EPSILON, per_channel
 from amskv_jax.precision import precision_of
 
 Array = jax.Array | np.ndarray
@@ -70,7 +70,7 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         x = x.astype(jnp.float32)
         mean = jnp.square(x).mean(-1, keepdims=True)
-        return x * lax.rsqrt(mean + NORM_EPSILON) * scale.astype(jnp.float32)
+        return x * lax.rsqrt(mean + NORM_EPSILON) * per_channel(scale.astype(jnp.float32), x)
 
 
 class Pooling(nn.Module):
@@ -95,7 +95,7 @@ class Pooling(nn.Module):
         bias = self.param("value_bias", nn.initializers.zeros, (self.width,))
         key, value = (
             x.reshape(*x.shape[:2], heads, head_dim)
-            for x in (key, value + bias.astype(jnp.float32))
+            for x in (key, value + per_channel(bias.astype(jnp.float32), value))
         )
         query = jnp.broadcast_to(query.astype(jnp.float32), (len(features), 1, heads, head_dim))
         scale = 1 / math.sqrt(head_dim)
@@ -149,7 +149,7 @@ class KeysValues(nn.Module):
             kernel, bias = (x.astype(self.dtype) for x in layer)
             both = jnp.matmul(text, kernel, precision=precision_of(self.dtype))
             key, value = jnp.split(both, 2, axis=-1)
-            return key.reshape(shape), (value + bias).reshape(shape)
+            return key.reshape(shape), (value + per_channel(bias, value)).reshape(shape)
 
         # One after the other, as all at once would copy the text for every block.
         keys, values = lax.map(project, (kernel, bias))

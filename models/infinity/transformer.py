@@ -124,7 +124,7 @@ class Block(nn.Module):
         """
         config = self.config
         offset = self.param("modulation_offset", nn.initializers.normal(0.02), (6, config.width))
-        modulation = shared.modulation + offset.astype(jnp.float32)
+        modulation = shared.modulation + offset.astype(jnp.float32)[None]
         gate1, gate2, scale1, scale2, shift1, shift2 = (modulation[:, i, None] for i in range(6))
         h, carry = SelfAttention(
             config.num_heads,
@@ -258,12 +258,13 @@ class Infinity(nn.Module):
             self.shared_modulation(activated).reshape(shape),
             self.head_modulation(activated).reshape(shape),
         )
-        start = pooled[:, None] + self.position_start.astype(jnp.float32) + self._level(0)
+        start = pooled[:, None] + self.position_start.astype(jnp.float32)[None] + self._level(0)
         keys, values = self.text_keys_values(self.text_projection(features))
         return start, keys, values, shared
 
     def _level(self, scale: int) -> jax.Array:
-        return self.scale_embedding.embedding[scale].astype(jnp.float32)
+        """Return the embedding of a scale, [1, 1, D] float32."""
+        return self.scale_embedding.embedding[None, None, scale].astype(jnp.float32)
 
     def _turns(self, scale: int) -> Turns:
         return turns(self.schedule, scale, self.config.head_dim)

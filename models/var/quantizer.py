@@ -7,6 +7,7 @@ from flax import linen as nn
 from jax import lax
 
 from amskv_jax.errors import AmskvError
+from amskv_jax.models.layers import per_channel
 from amskv_jax.models.var.config import VQVAEConfig
 from amskv_jax.resize import resize
 
@@ -155,7 +156,8 @@ class MultiScaleQuantizer(nn.Module):
         """Return the index of the codebook vector nearest to each of ``vectors`` [..., C]."""
         codebook = self.codebook.astype(jnp.float32)
         products = jnp.einsum("...c,vc->...v", vectors, codebook, precision=lax.Precision.HIGHEST)
-        squares = jnp.sum(vectors**2, -1, keepdims=True) + jnp.sum(codebook**2, -1)
+        squares = jnp.sum(vectors**2, -1, keepdims=True)
+        squares = squares + per_channel(jnp.sum(codebook**2, -1), products)
         return jnp.argmin(squares - 2 * products, axis=-1).astype(jnp.int32)
 
     def _contribution(self, codes: jax.Array, scale: int) -> jax.Array:
@@ -174,7 +176,7 @@ class MultiScaleQuantizer(nn.Module):
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
             precision=lax.Precision.HIGHEST,
         )
-        convolved += self.phi_bias[index].astype(jnp.float32)
+        convolved += per_channel(self.phi_bias[index].astype(jnp.float32), convolved)
         return (1 - config.phi_ratio) * h + config.phi_ratio * convolved
 
     def _check(self, what: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:

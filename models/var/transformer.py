@@ -119,22 +119,25 @@ class VAR(nn.Module):
         if self.config.shared_aln:
             shared = self.shared_modulation(activated).reshape(rows, 6, width)
             offset = self.modulation_offset.astype(jnp.float32)
-            blocks = shared + offset[:, None]
+            blocks = shared[None] + offset[:, None]
         else:
             blocks = self.modulation(activated).reshape(-1, rows, 6, width)
         return embedding, blocks.astype(self.dtype), head
 
     def first_input(self, embedding: jax.Array) -> jax.Array:
         """Return the input [rows, T_0, D] of the first scale from the class embeddings."""
-        return embedding[:, None] + self.position_start.astype(jnp.float32) + self._positions(0)
+        return (
+            embedding[:, None] + self.position_start.astype(jnp.float32)[None] + self._positions(0)
+        )
 
     def next_input(self, features: jax.Array, scale: int) -> jax.Array:
         """Return the input [rows, T, D] of a later scale from the tokenizer's [rows, T, C]."""
         return self.word_embedding(features) + self._positions(scale)
 
     def _positions(self, scale: int) -> jax.Array:
-        positions = self.position_embedding[self.config.schedule.slice(scale)]
-        level = self.scale_embedding.embedding[scale]
+        """Return the embeddings of positions and scale, [1, T_scale, D] float32."""
+        positions = self.position_embedding[None, self.config.schedule.slice(scale)]
+        level = self.scale_embedding.embedding[None, None, scale]
         return positions.astype(jnp.float32) + level.astype(jnp.float32)
 
     def logits(self, x: jax.Array, head: jax.Array) -> jax.Array:
