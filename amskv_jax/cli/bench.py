@@ -1,6 +1,6 @@
 """``amskv bench``: speed and memory of policies, with random weights."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +17,7 @@ from amskv_jax.cli.options import (
     StatsOption,
 )
 from amskv_jax.cli.policy import PoliciesOption
-from amskv_jax.cli.wanted import AspectOption, CfgOption, SizeOption, drawing_of
+from amskv_jax.cli.wanted import AspectOption, CfgOption, SizeOption, as_wanted, known_pipeline
 from amskv_jax.files import replacing
 
 LONGEST = 20
@@ -68,22 +68,13 @@ def bench(
 
     import jax  # noqa: PLC0415
 
-    from amskv_jax import __version__, configs  # noqa: PLC0415
+    from amskv_jax import __version__  # noqa: PLC0415
     from amskv_jax.benchmark import OutOfMemoryError, measure_in_new_process  # noqa: PLC0415
     from amskv_jax.mesh import MeshShape  # noqa: PLC0415
-    from amskv_jax.pipeline import Pipeline  # noqa: PLC0415
     from amskv_jax.plan.stats import LayerStats  # noqa: PLC0415
 
-    found = configs.get(model).model
-    pipe = Pipeline(
-        model=found,
-        params=None,
-        schedule=found.find_schedule(aspect, size),
-        dtype=dtype.value,
-        drawing=drawing_of(found.drawing, cfg=cfg),
-        cache_dtype=cache_dtype and cache_dtype.value,
-        mesh=MeshShape.parse(mesh),
-    )
+    pipe = replace(known_pipeline(model, dtype), mesh=MeshShape.parse(mesh))
+    pipe = as_wanted(pipe, aspect=aspect, size=size, cache_dtype=cache_dtype, cfg=cfg)
     statistics = LayerStats.load(stats) if stats else None
     geometry = pipe.geometry(batch)
     plans = {one.text: one.plan(pipe.shape, geometry, statistics) for one in requests}

@@ -1,7 +1,6 @@
 """``amskv calibrate``: where a model's attention goes, measured while it draws."""
 
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -30,9 +29,9 @@ from amskv_jax.cli.wanted import (
     TopKOption,
     TopPOption,
     conditions_of,
-    drawing_of,
+    open_checkpoint,
+    with_weights,
 )
-from amskv_jax.errors import UsageError
 
 if TYPE_CHECKING:
     from amskv_jax.plan.stats import LayerStats
@@ -70,24 +69,17 @@ def calibrate(
 
     from amskv_jax import calibrate as calibration  # noqa: PLC0415
     from amskv_jax.drawing import Chosen  # noqa: PLC0415
-    from amskv_jax.mesh import MeshShape  # noqa: PLC0415
-    from amskv_jax.pipeline import load  # noqa: PLC0415
 
     if compilation_cache:
         use_compilation_cache()
-    devices = MeshShape.parse(mesh)
-    pipe = load(checkpoint, dtype.value if dtype else None, weights=False, mesh=devices)
-    pipe = replace(pipe, schedule=pipe.model.find_schedule(aspect, size))
+    drawing = {"cfg": cfg, "tau": tau, "top_k": top_k, "top_p": top_p}
+    pipe = open_checkpoint(checkpoint, dtype, mesh, aspect=aspect, size=size, **drawing)
     conditions = conditions_of(pipe, labels=labels, prompts=prompts, text_features=text_features)
-    if conditions is None and pipe.model.takes != "classes":
-        raise UsageError("nothing to draw: give --prompts or --text-features")
     if conditions is None:
         classes = pipe.conditions(None)
         spread = range(0, samples * len(classes), len(classes))
         conditions = Chosen(classes, tuple(number // samples for number in spread))
-    drawing = drawing_of(pipe.drawing, cfg=cfg, tau=tau, top_k=top_k, top_p=top_p)
-    with progress("loading weights"):
-        pipe = replace(pipe, params=load(checkpoint, pipe.dtype, mesh=devices).params)
+    pipe = with_weights(pipe, checkpoint)
     device = jax.devices()[0]
     print_line(f"{pipe.dtype} on {device.device_kind} ({device.platform})")
 
@@ -100,7 +92,6 @@ def calibrate(
             count=samples,
             batch=batch,
             seed=seed,
-            drawing=drawing,
             settings={"conditions": list(conditions.captions(pipe.classes))},
             progress=lambda done: update(f"{done} of {samples} pictures", done / samples),
         )

@@ -33,7 +33,8 @@ from amskv_jax.cli.wanted import (
     TopKOption,
     TopPOption,
     conditions_of,
-    drawing_of,
+    open_checkpoint,
+    with_weights,
 )
 from amskv_jax.errors import UsageError
 from amskv_jax.files import replacing
@@ -92,8 +93,6 @@ def evaluate(
     from amskv_jax.evaluation.evaluate import evaluate as run  # noqa: PLC0415
     from amskv_jax.evaluation.measures import Judge  # noqa: PLC0415
     from amskv_jax.evaluation.metrics import check_picture_count  # noqa: PLC0415
-    from amskv_jax.mesh import MeshShape  # noqa: PLC0415
-    from amskv_jax.pipeline import load  # noqa: PLC0415
     from amskv_jax.plan.stats import LayerStats  # noqa: PLC0415
     from amskv_jax.policies.grammar import parse_policies  # noqa: PLC0415
     from amskv_jax.training.data import load_pictures  # noqa: PLC0415
@@ -107,20 +106,15 @@ def evaluate(
         check_picture_count(num, network.dimension)
         if real is None:
             raise UsageError("the metrics compare with real pictures: give --real")
-    devices = MeshShape.parse(mesh)
-    model = load(checkpoint, dtype.value if dtype else None, weights=False, mesh=devices)
-    model = replace(model, schedule=model.model.find_schedule(aspect, size))
+    drawing = {"cfg": cfg, "top_k": top_k, "top_p": top_p}
+    model = open_checkpoint(checkpoint, dtype, mesh, aspect=aspect, size=size, **drawing)
     conditions = conditions_of(model, prompts=prompts, text_features=text_features)
-    if conditions is None and model.model.takes != "classes":
-        raise UsageError("nothing to draw: give --prompts or --text-features")
-    params = load(checkpoint, model.dtype, mesh=devices).params
-    model = replace(model, default=conditions, params=params)
-    drawing = drawing_of(model.drawing, cfg=cfg, top_k=top_k, top_p=top_p)
+    model = replace(with_weights(model, checkpoint), default=conditions)
     evaluation = Evaluation(
         num=num,
-        cfg=drawing.cfg,
-        top_k=drawing.top_k,
-        top_p=drawing.top_p,
+        cfg=model.drawing.cfg,
+        top_k=model.drawing.top_k,
+        top_p=model.drawing.top_p,
         dtype=model.dtype,
         seed=seed,
         shard=shard,

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
@@ -28,24 +28,16 @@ class Attention(StrEnum):
     XLA = "xla"
 
 
-class CacheDtype(StrEnum):
-    """Formats of cached numbers, see ``numbers.NUMBERS``."""
-
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT8 = "float8_e4m3fn"
-    INT8 = "int8"
-    INT4 = "int4"
-    INT2 = "int2"
+Value = TypeVar("Value")
 
 
-def finding(find: Callable[[str], Path]) -> Callable[[str], Path]:
-    """Return a parser of an option that finds a file, and may have to download it.
+def finding(find: Callable[[str], Value]) -> Callable[[str], Value]:
+    """Return a parser of an option that finds something, and may have to download it.
 
     Its errors are printed as those of any command: typer would take them for wrong usage.
     """
 
-    def parse(text: str) -> Path:
+    def parse(text: str) -> Value:
         try:
             return find(text)
         except AmskvError as error:
@@ -53,6 +45,14 @@ def finding(find: Callable[[str], Path]) -> Callable[[str], Path]:
             raise typer.Exit(2 if isinstance(error, UsageError) else 1) from error
 
     return parse
+
+
+def _cached_as(name: str) -> str:
+    """Return the name of a format of numbers; read only when given, as it imports much."""
+    from amskv_jax.numbers import numbers_of  # noqa: PLC0415
+
+    numbers_of(name)
+    return name
 
 
 CheckpointOption = Annotated[
@@ -101,9 +101,13 @@ StoredDtypeOption = Annotated[
     typer.Option("--dtype", help="Of weights, products and cache; as stored if not given."),
 ]
 CacheDtypeOption = Annotated[
-    CacheDtype | None,
+    str | None,
     typer.Option(
-        "--cache-dtype", help="How cached numbers are kept; as the products if not given."
+        "--cache-dtype",
+        help="How cached numbers are kept; as the products if not given. An unknown name lists "
+        "all.",
+        parser=finding(_cached_as),
+        metavar="bfloat16, int8, ...",
     ),
 ]
 AttentionOption = Annotated[Attention, typer.Option("--attention", help="Attention back end.")]

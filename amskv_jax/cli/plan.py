@@ -1,8 +1,7 @@
 """``amskv plan``: what a policy keeps and what it costs, without weights."""
 
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -11,12 +10,16 @@ from amskv_jax.cli.console import print_line, progress
 from amskv_jax.cli.files import check_outputs, check_suffix
 from amskv_jax.cli.options import CacheDtypeOption, Dtype, ForceOption, StatsOption, finding
 from amskv_jax.cli.policy import PlanFileOption, PolicyOption, choose_policy
-from amskv_jax.cli.wanted import AspectOption, CfgOption, SizeOption, drawing_of
+from amskv_jax.cli.wanted import (
+    AspectOption,
+    CfgOption,
+    SizeOption,
+    as_wanted,
+    known_pipeline,
+    open_checkpoint,
+)
 from amskv_jax.errors import UsageError
 from amskv_jax.files import replacing
-
-if TYPE_CHECKING:
-    from amskv_jax.pipeline import Pipeline
 
 
 def plan(
@@ -58,11 +61,14 @@ def plan(
     from amskv_jax.policies import AMSKV, Full  # noqa: PLC0415
     from amskv_jax.reports.plots import save_plan_plot  # noqa: PLC0415
 
-    pipe = _pipeline(model, checkpoint, dtype.value)
-    schedule = pipe.model.find_schedule(aspect, size)
-    pipe = replace(pipe, schedule=schedule, cache_dtype=cache_dtype and cache_dtype.value)
-    drawing = drawing_of(pipe.drawing, cfg=cfg)
-    shape, geometry = pipe.shape, pipe.geometry(batch, drawing)
+    wanted = {"aspect": aspect, "size": size, "cache_dtype": cache_dtype, "cfg": cfg}
+    if model is not None and checkpoint is None:
+        pipe = as_wanted(known_pipeline(model, dtype), **wanted)
+    elif checkpoint is not None and model is None:
+        pipe = open_checkpoint(checkpoint, dtype, **wanted)
+    else:
+        raise UsageError("give either --model or --checkpoint")
+    shape, geometry = pipe.shape, pipe.geometry(batch)
     statistics = LayerStats.load(stats, pipe.fingerprint or None) if stats else None
     made = request.plan(shape, geometry, statistics)
     plans = {"this plan": made}
@@ -81,19 +87,3 @@ def plan(
             title = made.note.partition(";")[0]
             save_plan_plot({full.note: full, title: made}, temporary)
         print_line(f"wrote {plot}")
-
-
-def _pipeline(model: str | None, checkpoint: Path | None, dtype: str) -> "Pipeline":
-    """Return the model without its weights."""
-    from amskv_jax.pipeline import Pipeline  # noqa: PLC0415
-
-    if model is not None and checkpoint is None:
-        from amskv_jax import configs  # noqa: PLC0415
-
-        found = configs.get(model).model
-        return Pipeline(found, None, found.schedule, dtype, found.drawing)
-    if checkpoint is not None and model is None:
-        from amskv_jax.checkpoints.folder import read_info  # noqa: PLC0415
-
-        return Pipeline.of(read_info(checkpoint), None, dtype)
-    raise UsageError("give either --model or --checkpoint")

@@ -1,7 +1,6 @@
 """``amskv sample``: pictures from a checkpoint, or from the model that comes with the package."""
 
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -37,10 +36,10 @@ from amskv_jax.cli.wanted import (
     TopKOption,
     TopPOption,
     conditions_of,
-    drawing_of,
+    open_checkpoint,
     read_codes,
+    with_weights,
 )
-from amskv_jax.errors import UsageError
 from amskv_jax.files import replacing
 
 if TYPE_CHECKING:
@@ -133,11 +132,8 @@ def sample(
     import numpy as np  # noqa: PLC0415
 
     from amskv_jax.attention import choose_implementation  # noqa: PLC0415
-    from amskv_jax.checkpoints.folder import read_info  # noqa: PLC0415
     from amskv_jax.cli.tables import print_memory, print_plan  # noqa: PLC0415
     from amskv_jax.drawing import Chosen  # noqa: PLC0415
-    from amskv_jax.mesh import MeshShape  # noqa: PLC0415
-    from amskv_jax.pipeline import load  # noqa: PLC0415
     from amskv_jax.plan.memory import MemoryReport  # noqa: PLC0415
     from amskv_jax.plan.stats import LayerStats  # noqa: PLC0415
     from amskv_jax.policies.grammar import parse_policies  # noqa: PLC0415
@@ -148,21 +144,19 @@ def sample(
         use_compilation_cache()
     others = parse_policies(compare) if compare else []
     place = find_checkpoint(checkpoint)
-    info = read_info(place)
-    drawing = drawing_of(
-        info.drawing,
+    pipe = open_checkpoint(
+        place,
+        dtype,
+        mesh,
+        aspect=aspect,
+        size=size,
+        cache_dtype=cache_dtype,
         cfg=cfg,
         tau=tau,
         guide=guide,
         top_k=top_k,
         top_p=top_p,
         more_smooth=more_smooth,
-    )
-    pipe = replace(
-        load(place, dtype.value if dtype else None, weights=False, mesh=MeshShape.parse(mesh)),
-        schedule=info.model.find_schedule(aspect, size),
-        cache_dtype=cache_dtype and cache_dtype.value,
-        drawing=drawing,
     )
     with progress("reading"):
         conditions = conditions_of(
@@ -173,8 +167,6 @@ def sample(
             prompts=prompts,
             text_features=text_features,
         )
-    if conditions is None and pipe.model.takes != "classes":
-        raise UsageError("nothing to draw: give --prompt, --prompts or --text-features")
     if conditions is None:
         classes = pipe.conditions(None)
         conditions = Chosen(classes, tuple(range(min(10, len(classes)))))
@@ -183,7 +175,7 @@ def sample(
     count = len(conditions)
     batch = min(batch_size or count, count)
     batch = pipe.mesh.filled(batch) if pipe.mesh else batch
-    statistics = LayerStats.load(stats, info.fingerprint) if stats else None
+    statistics = LayerStats.load(stats, pipe.fingerprint) if stats else None
     controls = pipe.controls(forced=read_codes(forced_codes, count) if forced_codes else None)
     shape, geometry = pipe.shape, pipe.geometry(batch)
     plans = [one.plan(shape, geometry, statistics) for one in (*others, request)]
@@ -203,8 +195,7 @@ def sample(
     if pipe.mesh:
         print_line(f"mesh of {pipe.mesh}: {pipe.mesh.size} devices, {batch} pictures at once")
 
-    with progress("loading weights"):
-        pipe = replace(pipe, params=load(place, pipe.dtype, mesh=pipe.mesh).params)
+    pipe = with_weights(pipe, place)
     captions = conditions.captions(pipe.classes)
     panels = {}
     for name, sampler in samplers.items():

@@ -22,8 +22,14 @@ from amskv_jax.cli.options import (
     StoredDtypeOption,
 )
 from amskv_jax.cli.policy import PoliciesOption
-from amskv_jax.cli.wanted import AspectOption, SizeOption, conditions_of
-from amskv_jax.errors import AmskvError, UsageError
+from amskv_jax.cli.wanted import (
+    AspectOption,
+    SizeOption,
+    conditions_of,
+    open_checkpoint,
+    with_weights,
+)
+from amskv_jax.errors import AmskvError
 from amskv_jax.files import replacing
 
 if TYPE_CHECKING:
@@ -95,7 +101,6 @@ def score(
 
     from amskv_jax.evaluation import score as scoring  # noqa: PLC0415
     from amskv_jax.numbers import numbers_of  # noqa: PLC0415
-    from amskv_jax.pipeline import load  # noqa: PLC0415
     from amskv_jax.plan.stats import LayerStats  # noqa: PLC0415
     from amskv_jax.policies import Full  # noqa: PLC0415
     from amskv_jax.policies.budgets import memory_report  # noqa: PLC0415
@@ -105,8 +110,7 @@ def score(
     requests = parse_policies(policies)
     if compilation_cache:
         use_compilation_cache()
-    pipe = load(checkpoint, dtype.value if dtype else None, weights=False)
-    pipe = replace(pipe, schedule=pipe.model.find_schedule(aspect, size))
+    pipe = open_checkpoint(checkpoint, dtype, aspect=aspect, size=size)
     numbers = cache_dtypes.split(",") if cache_dtypes else [pipe.dtype]
     for name in numbers:
         numbers_of(name)
@@ -131,10 +135,9 @@ def score(
         f"({device.platform})"
     )
 
-    with progress("loading weights"):
-        texts = conditions_of(pipe, prompts=prompts, text_features=text_features)
-        conditions = _conditions(pipe, pictures, chosen, texts)
-        pipe = replace(pipe, params=load(checkpoint, pipe.dtype).params)
+    texts = conditions_of(pipe, prompts=prompts, text_features=text_features)
+    conditions = _conditions(pipe, pictures, chosen, texts)
+    pipe = with_weights(pipe, checkpoint)
     samplers = {
         name: replace(
             pipe.sampler(plan, attention=attention.value),
@@ -184,7 +187,6 @@ def _conditions(
     """Return what the chosen pictures show: their classes, or what the texts say.
 
     Raises:
-      UsageError: if there are no texts, but the model needs them.
       AmskvError: if there are not as many texts as pictures, or other classes than the model's.
     """
     from amskv_jax.drawing import Chosen  # noqa: PLC0415
@@ -192,8 +194,7 @@ def _conditions(
     if pipe.model.takes == "classes":
         pictures.check(pipe.model.picture_size(pipe.schedule), len(pipe.conditions(None)))
         return pipe.conditions(pictures.labels[chosen])
-    if texts is None:
-        raise UsageError("what do the pictures show? give --prompts or --text-features")
+    assert texts is not None, "of a model that draws prompts"
     if len(texts) != len(pictures):
         raise AmskvError(
             f"there are {len(texts)} prompts for {len(pictures)} pictures: expected one for each"

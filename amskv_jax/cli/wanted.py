@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from amskv_jax.cli.options import parse_numbers
+from amskv_jax.cli.console import progress
+from amskv_jax.cli.options import Dtype, parse_numbers
 from amskv_jax.errors import AmskvError, UsageError
 
 if TYPE_CHECKING:
@@ -127,6 +128,70 @@ def drawing_of(
     return replace(base, **{name: value for name, value in given.items() if value is not None})
 
 
+def as_wanted(
+    pipe: "Pipeline",
+    *,
+    aspect: str | None,
+    size: str | None,
+    cache_dtype: str | None = None,
+    **drawing: Any,
+) -> "Pipeline":
+    """Return a pipeline that draws what shape, and how, the options say.
+
+    Args:
+      pipe: what holds where an option is not given.
+      aspect: of the option.
+      size: of the option.
+      cache_dtype: of the option.
+      **drawing: see ``drawing_of``.
+
+    Raises:
+      UsageError: if a value cannot be read, or the model has no such shape.
+    """
+    return replace(
+        pipe,
+        schedule=pipe.model.find_schedule(aspect, size),
+        cache_dtype=cache_dtype,
+        drawing=drawing_of(pipe.drawing, **drawing),
+    )
+
+
+def open_checkpoint(
+    place: Path, dtype: Dtype | None, mesh: str | None = None, **options: Any
+) -> "Pipeline":
+    """Return a checkpoint without its weights, for what the options ask for.
+
+    Args:
+      place: the checkpoint.
+      dtype: of the option.
+      mesh: of the option.
+      **options: see ``as_wanted``.
+    """
+    from amskv_jax.mesh import MeshShape  # noqa: PLC0415
+    from amskv_jax.pipeline import load  # noqa: PLC0415
+
+    numbers = dtype.value if dtype else None
+    pipe = load(place, numbers, weights=False, mesh=MeshShape.parse(mesh))
+    return as_wanted(pipe, **options)
+
+
+def known_pipeline(name: str, dtype: Dtype) -> "Pipeline":
+    """Return a known model, which has no weights."""
+    from amskv_jax import configs  # noqa: PLC0415
+    from amskv_jax.pipeline import Pipeline  # noqa: PLC0415
+
+    model = configs.get(name).model
+    return Pipeline(model, None, model.schedule, dtype.value, model.drawing)
+
+
+def with_weights(pipe: "Pipeline", place: Path) -> "Pipeline":
+    """Return the pipeline with the weights of its checkpoint."""
+    from amskv_jax.pipeline import load  # noqa: PLC0415
+
+    with progress("loading weights"):
+        return replace(pipe, params=load(place, pipe.dtype, mesh=pipe.mesh).params)
+
+
 def conditions_of(
     pipe: "Pipeline",
     *,
@@ -136,7 +201,7 @@ def conditions_of(
     prompts: Path | None = None,
     text_features: Path | None = None,
 ) -> "Conditions | None":
-    """Return what the options ask for; None if they ask for nothing.
+    """Return what the options ask for; None if they ask nothing of a model that draws classes.
 
     Raises:
       AmskvError: if they do not fit together, or the model cannot draw it.
@@ -157,6 +222,8 @@ def conditions_of(
         raise UsageError(f"the model draws {pipe.model.takes}, not {asked}: leave out {named[0]}")
     if labels is not None:
         return pipe.conditions(parse_numbers(labels, "--labels"))
+    if not named and pipe.model.takes == "prompts":
+        raise UsageError("the model draws prompts: give --prompts or --text-features")
     if not named:
         return None
 
