@@ -129,7 +129,9 @@ def test_forced_codes_must_be_bits(sample, tmp_path):
 def test_models_of_the_other_kind(amskv, checkpoint, sample, tmp_path):
     expected = "the model draws classes, not prompts: leave out --prompt"
     sample(2, *FOX, checkpoint=checkpoint, expect=expected)
-    sample(2, "--labels", "0", *SMALL, checkpoint=checkpoint, expect="pictures of 6 x 6 pixels alone")
+    sample(
+        2, "--labels", "0", *SMALL, checkpoint=checkpoint, expect="pictures of 6 x 6 pixels alone"
+    )
     done = amskv("encode", "--checkpoint", checkpoint, "--prompts", "a", "--out", "b.npz")
     assert (done.code, done.out) == (1, "")
 
