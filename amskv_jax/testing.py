@@ -19,6 +19,9 @@ from amskv_jax.checkpoints.initialize import random_params
 from amskv_jax.decode import decode
 from amskv_jax.generate import Sampler, Samples, picture_keys
 from amskv_jax.models.guidance import Drawing
+from amskv_jax.models.infinity.bsq_config import BSQConfig
+from amskv_jax.models.infinity.config import InfinityConfig
+from amskv_jax.models.infinity.model import InfinityModel
 from amskv_jax.models.protocol import Model
 from amskv_jax.models.var.config import VARConfig, VQVAEConfig
 from amskv_jax.models.var.model import VARModel
@@ -47,6 +50,18 @@ VQVAE_FIELDS: dict[str, Any] = {
 TRANSFORMER = VARConfig(3, 128, 2, **VAR_FIELDS)
 TOKENIZER = VQVAEConfig(**VQVAE_FIELDS)
 TINY_VAR = VARModel(TRANSFORMER, TOKENIZER)
+TINY_INFINITY = InfinityModel(
+    InfinityConfig(
+        depth=3,
+        width=64,
+        num_heads=2,
+        bits=4,
+        schedule=ScaleSchedule.square((1, 2, 4)),  # the first scales of the square pictures
+        text_channels=32,
+        text_maxlen=16,
+    ),
+    BSQConfig(codebook_dim=4, channels=32, channel_multipliers=(1, 1), num_res_blocks=1),
+)
 
 
 def sample(

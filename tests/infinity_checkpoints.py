@@ -56,7 +56,7 @@ def save_text_encoder(folder):
 def save_sources(folder):
     """Write the reference's files of ``MODEL``; return them by part."""
     return {
-        "transformer": save_transformer(folder / "infinity_tiny.safetensors", TRANSFORMER),
+        "transformer": save_transformer(folder / "infinity_tiny.safetensors", TRANSFORMER, (40, 1)),
         "tokenizer": save_tokenizer_weights(folder / "vae_tiny.safetensors", TOKENIZER),
         "text_encoder": save_text_encoder(folder / "t5-tiny"),
     }

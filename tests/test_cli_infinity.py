@@ -15,11 +15,13 @@ from infinity_golden import load
 from PIL import Image
 
 import amskv_jax
+from amskv_jax import configs
 from amskv_jax.checkpoints.folder import read_info
 from amskv_jax.convert import convert
 from amskv_jax.models.infinity.prompts import TextFeatures
 from amskv_jax.models.infinity.schedules import schedule_of
 from amskv_jax.pipeline import load as load_pipeline
+from amskv_jax.plan.stats import LayerStats
 
 TOKENS = 521
 """Of a square picture of size 0.06M: 256 pixels."""
@@ -131,6 +133,8 @@ def pipe(place):
 
 
 GREEDY = ("--top-k", 1)
+DRAWN = ("--top-k", 0, "--top-p", 0, "--tau", 1)
+"""Greedy bits of random weights depend on little, these on everything."""
 FOX, SEA = "a red fox in the snow", "the sea"
 """Prompts of one bucket; greedy, guided pictures of both share one program."""
 
@@ -143,7 +147,7 @@ def test_prompts_in_pictures_out(sample, pipe, tmp_path):
     assert (tokens[0] != tokens[1]).any()
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width > 512  # two pictures of 256 pixels
-    for expected in ("16x16", "for 2 pictures, with guidance", "texts of 64 tokens take 64.0 KiB"):
+    for expected in ("16x16", "for 2 pictures, with guidance", "texts of 64 tokens take 0.25 MiB"):
         assert expected in done.out
 
     out = pipe.sample([FOX, SEA], key=jax.random.key(5), size="0.06M", top_k=1)
@@ -174,25 +178,25 @@ def test_features_do_what_their_prompts_do(sample, amskv, place, tmp_path):
     assert (plain != from_prompts).any()
 
 
-def test_every_way_of_drawing(sample, tmp_path):
-    """Each differs from the plain one, as does the same done twice as strongly."""
+def test_every_way_of_drawing(sample):
+    """Of the same random numbers each makes other tokens."""
     ways = {
         "plain": (),
         "weak": ("--cfg", 2),
-        "none": ("--cfg", 1),
-        "per scale": ("--cfg", "1,1,1,1,1,1,6"),
-        "cold": ("--tau", 0.1, "--top-k", 0),
-        "hot": ("--tau", "1,1,1,1,1,1,3", "--top-k", 0),
-        "nucleus": ("--top-k", 0, "--top-p", 0.3),
+        "per scale": ("--cfg", "4,4,4,4,4,4,1"),
+        "hot": ("--tau", "1,1,1,1,1,1,3"),
+        "nucleus": ("--top-p", 0.6),
+        "greedy": ("--top-k", 1),
         "on layers": ("--guide", "logits,-1"),
+        "another seed": ("--seed", 1),
     }
-    drawn = {name: sample("--prompt", FOX, *GREEDY, *how)[1] for name, how in ways.items()}
+    drawn = {name: sample("--prompt", FOX, *DRAWN, *how)[1] for name, how in ways.items()}
     for name, tokens in drawn.items():
         for other, others in drawn.items():
             assert name == other or (tokens != others).any(), (name, other)
-    # Up to the last scale there is no guidance.
-    last = slice(None), slice(TOKENS - 256)
-    np.testing.assert_array_equal(drawn["none"][last], drawn["per scale"][last])
+    before = slice(None), slice(TOKENS - 256)  # the last scale
+    for name in ("per scale", "hot"):
+        assert (drawn[name][before] != drawn["plain"][before]).mean() < 1e-3, name
 
 
 def test_forced_codes_take_the_place_of_the_first_scales(sample, tmp_path):
@@ -214,19 +218,19 @@ def test_other_shapes_from_the_same_checkpoint(sample, tmp_path):
         assert sheet.width > sheet.height
 
 
-@pytest.mark.parametrize("policy", ["ams:saving=0.8", "scalekv:saving=0.7"])
-def test_plans_of_the_pipeline_and_of_the_command_line(policy, sample, amskv, place, tmp_path):
-    done, tokens = sample("--prompt", FOX, *GREEDY, "--policy", policy)
-    assert "saved of all 7 scales" in done.out
+def test_policies_and_plan_files(sample, amskv, place, tmp_path):
     path = tmp_path / "plan.json"
-    if policy.startswith("ams"):
-        options = ("--checkpoint", place, *SMALL, "--policy", policy, "--dtype", "float32")
-        done = amskv("plan", *options, "--save", path)
-        assert (done.code, done.err) == (0, "")
-        _, again = sample("--prompt", FOX, *GREEDY, "--plan", path)
-        np.testing.assert_array_equal(again, tokens)
-    _, full = sample("--prompt", FOX, *GREEDY)
-    assert (tokens != full).any()
+    _, full = sample("--prompt", FOX, *DRAWN)
+    done, ams = sample("--prompt", FOX, *DRAWN, "--policy", "ams:saving=0.8")
+    assert "saved of all 7 scales" in done.out
+    options = ("--checkpoint", place, *SMALL, "--policy", "ams:saving=0.8")
+    done = amskv("plan", *options, "--save", path)
+    assert (done.code, done.err) == (0, "")
+    _, again = sample("--prompt", FOX, *DRAWN, "--plan", path)
+    np.testing.assert_array_equal(again, ams)
+    _, scalekv = sample("--prompt", FOX, *DRAWN, "--policy", "scalekv:saving=0.7,window=4")
+    assert (ams != full).any()
+    assert (scalekv != full).any()
 
 
 def test_the_python_way(pipe):
@@ -239,3 +243,65 @@ def test_the_python_way(pipe):
     assert out.pictures.shape == (1, 16 * height, 16 * width, 3)
     assert np.isfinite(out.pictures).all()
     assert pipe.schedule == MODEL.schedule  # a call changes nothing
+
+
+def test_calibrate_analyze_and_info(amskv, place, tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "prompts.txt").write_text(f"{FOX}\n{SEA}")
+    out = tmp_path / "stats.npz"
+    options = ("--prompts", tmp_path / "prompts.txt", *SMALL, "--samples", 3, "--batch-size", 2)
+    done = amskv("calibrate", "--checkpoint", place, "--out", out, *options)
+    assert (done.code, done.err) == (0, "")
+    assert "3 pictures measured" in done.out
+    stats = LayerStats.load(out, read_info(place).fingerprint)
+    assert stats.schedule == schedule_of(size="0.06M")
+    assert stats.settings["conditions"] == [FOX, SEA]
+    np.testing.assert_allclose(stats.density.sum(-1), 1, atol=1e-5)
+
+    planned = ("--checkpoint", place, *SMALL, "--stats", out)
+    for policy in ("ams:saving=0.8", "heads:saving=0.8", "scalekv:saving=0.7,window=4"):
+        done = amskv("plan", *planned, "--policy", policy)
+        assert (done.code, done.err) == (0, "")
+        assert "by default and not by measurement" not in done.out
+    done = amskv("plan", "--checkpoint", place, "--stats", out, "--policy", "ams")  # at 1M
+    assert done.code == 1
+    assert done.err.startswith("error: ")
+    assert "schedule" in done.err or "scales" in done.err
+
+    done = amskv("analyze", "--stats", out, "--out", tmp_path / "analysis")
+    assert (done.code, done.err) == (0, "")
+    assert len(list((tmp_path / "analysis").glob("*.png"))) >= 3
+
+    done = amskv("info", "--checkpoint", place)
+    assert (done.code, done.err) == (0, "")
+    for expected in ("infinity", "1024 x 1024 pixels, from text", "text_encoder", "depth 2"):
+        assert expected in done.out
+
+
+def test_eval_compares_with_the_full_cache(amskv, place, tmp_path):
+    (tmp_path / "prompts.txt").write_text(f"{FOX}\n{SEA}")
+    policies = ("--policies", "full,window:saving=0.9", "--num", 3, "--batch-size", 2)
+    options = (*SMALL, "--features", "none", "--prompts", tmp_path / "prompts.txt", *policies)
+    options += ("--cfg", "4,4,4,4,4,4,2", "--top-p", 0)
+    done = amskv("eval", "--checkpoint", place, "--out", tmp_path / "out", *options)
+    assert (done.code, done.err) == (0, "")
+    full, window = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert (full["name"], full.get("psnr")) == ("full", None)
+    assert window["psnr"] > 5
+    assert 0 < window["ssim"] < 1
+    with np.load(tmp_path / "out" / "full.npz") as pictures:
+        assert pictures["arr_0"].shape == (3, 256, 256, 3)
+        assert pictures.files == ["arr_0"]  # texts have no classes
+    assert amskv("eval", "--checkpoint", place, "--out", tmp_path / "out", *options).out == done.out
+
+
+def test_bench_with_random_weights(amskv, monkeypatch, tmp_path):
+    known = configs.ModelConfig("infinity-tiny", "tiny", MODEL)
+    monkeypatch.setattr(configs, "get", lambda name: known)
+    options = ("--policies", "full,window:saving=0.9", "--repeats", 1, "--dtype", "float32")
+    save = ("--save", tmp_path / "bench.json")
+    done = amskv("bench", "--model", "infinity-tiny", *SMALL, *options, *save)
+    assert (done.code, done.err) == (0, "")
+    arms = json.loads((tmp_path / "bench.json").read_text())["arms"]
+    assert list(arms) == ["full", "window:saving=0.9"]
+    assert all(arm["pictures_per_second"] > 0 for arm in arms.values())

@@ -1,6 +1,7 @@
 """Every registered policy on every kind of tiny model, in both types, with three budgets."""
 
-from functools import cache, lru_cache
+from dataclasses import replace
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from amskv_jax.cache.store import Store
 from amskv_jax.checkpoints.initialize import random_params
 from amskv_jax.generate import Sampler, picture_keys
 from amskv_jax.models.guidance import Drawing
+from amskv_jax.models.infinity.prompts import TextFeatures
 from amskv_jax.models.var.config import VARConfig, VQVAEConfig
 from amskv_jax.models.var.model import VARModel
 from amskv_jax.numbers import NUMBERS
@@ -32,23 +34,26 @@ from amskv_jax.policies import (
 from amskv_jax.policies.base import Budgeted
 from amskv_jax.sampling import TokenSampling
 from amskv_jax.schedule import ScaleSchedule
-from amskv_jax.testing import Recorder, check_obeyed, layer_records
+from amskv_jax.testing import TINY_INFINITY, Recorder, check_obeyed, layer_records
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 SCHEDULE = ScaleSchedule.square((1, 2, 3, 4))
-EVERYTHING = 14  # tokens that the last step can find in the cache
 SHAPE = (2, 32, 2, SCHEDULE, 5, 32, 8)
-MODELS = {
-    "l2norm": VARConfig(*SHAPE),
-    "without l2norm": VARConfig(*SHAPE, attn_l2_norm=False),
-    "shared aln": VARConfig(*SHAPE, shared_aln=True),
-}
 TOKENIZER = VQVAEConfig(SCHEDULE, 32, 8, 32, (1, 1), 1)
+# Of Infinity's four first square scales, and as many layers, so that plan files serve it too.
+INFINITY = replace(TINY_INFINITY.transformer, depth=2, schedule=ScaleSchedule.square((1, 2, 4, 6)))
+MODELS = {
+    "l2norm": VARModel(VARConfig(*SHAPE), TOKENIZER),
+    "without l2norm": VARModel(VARConfig(*SHAPE, attn_l2_norm=False), TOKENIZER),
+    "shared aln": VARModel(VARConfig(*SHAPE, shared_aln=True), TOKENIZER),
+    "infinity": replace(TINY_INFINITY, transformer=INFINITY),
+}
+SHAPES = {name: model.cache_shape(model.schedule) for name, model in MODELS.items()}
+EVERYTHING = 21  # tokens that the last step can find in the cache, of Infinity; less of the others
 BUDGETS = ("small", "middle", "everything")
 DTYPES = {"float32": 1e-5, "bfloat16": 0.02}
-TINY = MODELS["l2norm"].cache_shape
-LABELS = jnp.array([0, 3])
+TINY = SHAPES["l2norm"]
 KEYS = picture_keys(jax.random.key(0), 2)
 
 
@@ -68,10 +73,10 @@ def explicit(path):
 ONLINE = {"condensed": 1, "theta": -1.4}
 CASES = {
     "full": [Full()] * 3,
-    "ams": [AMSKV(1, 5, 1), AMSKV(5, 10, 1, demanding_layers=(1,)), AMSKV(14, 14)],
-    "ams-online": [OnlineAMSKV(*sizes, **ONLINE) for sizes in ((1, 5), (5, 10), (14, 14))],
-    "sink": [Sink(1, 2), Sink(3, 6), Sink(5, 9)],
-    "heads": [Heads(4, protected=1), Heads(9, protected=1), Heads(14)],
+    "ams": [AMSKV(1, 5, 1), AMSKV(5, 10, 1, demanding_layers=(1,)), AMSKV(EVERYTHING, EVERYTHING)],
+    "ams-online": [OnlineAMSKV(*both, **ONLINE) for both in ((1, 5), (5, 10), (EVERYTHING,) * 2)],
+    "sink": [Sink(1, 2), Sink(3, 6), Sink(5, 16)],
+    "heads": [Heads(4, protected=1), Heads(9, protected=1), Heads(EVERYTHING)],
     "explicit": explicit,
 }
 """Policies without a budget, or whose defaults do not suit so small a one."""
@@ -88,20 +93,32 @@ CASES |= {
 }
 
 
-@lru_cache
-def stats():
+@cache
+def stats(model):
     """Made-up statistics in which heads differ."""
     random = np.random.default_rng(0)
     density = np.tril(random.random((2, 2, 4, 4)))
     density /= density.sum(-1, keepdims=True)
     history = np.sort(random.random((2, 4, 5)), axis=-1)
     numbers = -random.random((2, 4))
-    return LayerStats(SCHEDULE, numbers, numbers, density, history)
+    return LayerStats(MODELS[model].schedule, numbers, numbers, density, history)
 
 
 @cache
 def params(model, dtype):
-    return random_params(VARModel(MODELS[model], TOKENIZER), seed=1, dtype=dtype)
+    return random_params(MODELS[model], seed=1, dtype=dtype)
+
+
+@cache
+def condition(model):
+    """Two classes, or two texts of different lengths."""
+    kind = MODELS[model]
+    wanted = np.array([0, 3])
+    if kind.takes == "prompts":
+        shape = (9, kind.transformer.text_channels)
+        features = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+        wanted = TextFeatures(features, np.array([5, 4]))
+    return kind.conditions(wanted).batch(np.arange(2))
 
 
 @pytest.fixture(scope="module")
@@ -112,13 +129,13 @@ def policies(tmp_path_factory):
 
 
 def make_sampler(plan, model, dtype, **options):
-    kind, sampling = VARModel(MODELS[model], TOKENIZER), TokenSampling(top_k=1)
-    return Sampler(kind, plan, sampling=sampling, dtype=dtype, trace=True, **options)
+    sampling = TokenSampling(top_k=1)
+    return Sampler(MODELS[model], plan, sampling=sampling, dtype=dtype, trace=True, **options)
 
 
 def controls(model, cfg=1.5):
-    kind = VARModel(MODELS[model], TOKENIZER)
-    return kind.controls(SCHEDULE, Drawing(cfg=cfg))
+    kind = MODELS[model]
+    return kind.controls(kind.schedule, Drawing(cfg=cfg))
 
 
 @cache
@@ -126,7 +143,7 @@ def draw(plan, model, dtype):
     """Draw two pictures step by step, which shares all compiled steps; equal plans only once."""
     sampler = make_sampler(plan, model, dtype, observe=Recorder())
     with jax.disable_jit():
-        return sampler(params(model, dtype), LABELS, KEYS, controls(model))
+        return sampler(params(model, dtype), condition(model), KEYS, controls(model))
 
 
 def test_all_policies_are_in_the_matrix():
@@ -139,21 +156,22 @@ def test_all_policies_are_in_the_matrix():
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("name", CASES)
 def test_every_policy_obeys_its_plan_in_the_announced_bytes(name, model, budget, dtype, policies):
-    config = MODELS[model]
-    plan = policies[name][budget].plan(config.cache_shape, stats())
+    kind, shape = MODELS[model], SHAPES[model]
+    plan = policies[name][budget].plan(shape, stats(model))
     samples = draw(plan, model, dtype)
-    assert samples.tokens.shape == (2, SCHEDULE.total)
+    assert samples.tokens.shape[:2] == (2, kind.schedule.total)
     assert np.isfinite(samples.logits).all()
     assert np.isfinite(samples.latents).all()
-    check_obeyed(plan, layer_records(samples.observed), config.attention_scale, DTYPES[dtype])
+    scale = kind.bind({}, kind.schedule, dtype)[0].attention_scale
+    check_obeyed(plan, layer_records(samples.observed), scale, DTYPES[dtype])
 
-    caches = CacheLayout.of(plan, Store(NUMBERS[dtype])).init(4, config.num_heads, config.head_dim)
-    geometry = CacheGeometry.of(config.cache_shape, 2, dtype)
+    caches = CacheLayout.of(plan, Store(NUMBERS[dtype])).init(4, shape.num_heads, shape.head_dim)
+    geometry = CacheGeometry.of(shape, 2, dtype)
     # The online variant also has a few flags per layer.
     buffers = [leaf for leaf in jax.tree.leaves(caches) if leaf.dtype != bool]
     assert sum(leaf.nbytes for leaf in buffers) == MemoryReport.of(plan, geometry).plan
 
-    full = draw(Full().plan(config.cache_shape), model, dtype)
+    full = draw(Full().plan(shape), model, dtype)
     if name == "full" or budget == "everything":
         if dtype == "float32":
             np.testing.assert_array_equal(samples.tokens, full.tokens)
@@ -168,15 +186,17 @@ def test_every_policy_compiles_once_and_gives_the_same(number, policies):
     weights = params(model, "float32")
 
     def sampler():
-        plan = policies[name]["middle"].plan(MODELS[model].cache_shape, stats())
+        plan = policies[name]["middle"].plan(SHAPES[model], stats(model))
         return make_sampler(plan, model, "float32")
 
     compiled = Sampler.__call__._cache_size()
-    samples = sampler()(weights, LABELS, KEYS, controls(model))
+    given = condition(model)
+    samples = sampler()(weights, given, KEYS, controls(model))
     expected = draw(sampler().plan, model, "float32")
     np.testing.assert_allclose(samples.logits, expected.logits, atol=1e-4)
     np.testing.assert_array_equal(samples.tokens, expected.tokens)
-    other = sampler()(weights, LABELS[::-1], KEYS[::-1], controls(model, 3.0))
+    given = jax.tree.map(lambda leaf: leaf[::-1], given)
+    other = sampler()(weights, given, KEYS[::-1], controls(model, 3.0))
     assert (np.asarray(other.tokens) != np.asarray(samples.tokens)).any()
     assert Sampler.__call__._cache_size() == compiled + 1
 

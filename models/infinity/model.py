@@ -122,7 +122,13 @@ class InfinityModel:
 
     def forced(self, codes: np.ndarray, schedule: ScaleSchedule) -> np.ndarray:
         """See ``protocol.Model.forced``; codes are [B, tokens, bits] of zeros and ones."""
-        return from_grids(codes, self.tokenizer, schedule)
+        bits = from_grids(codes, self.tokenizer, schedule)
+        if bits.dtype.kind not in "biu" or bits.max() > 1 or bits.min() < 0:
+            raise AmskvError(
+                f"the codes are {bits.dtype} from {bits.min()} to {bits.max()}: expected bits, "
+                "zeros and ones"
+            )
+        return bits.astype(np.uint8)
 
     def held_bytes(
         self, rows: int, condition: TextCondition | None, dtype: str
