@@ -5,13 +5,18 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from amskv_jax.errors import AmskvError, UsageError
+
+try:
+    import fcntl
+except ImportError:  # Windows, which goes without locks
+    fcntl = None  # type: ignore[assignment]
 
 
 @contextmanager
@@ -112,12 +117,7 @@ def new_directory(directory: Path, num_bytes: int) -> Iterator[Path]:
     except OSError as error:
         raise AmskvError(f"cannot write {directory}: {error}") from error
     try:
-        free = shutil.disk_usage(temporary).free
-        if free < num_bytes:
-            raise AmskvError(
-                f"cannot write {directory}: it needs {num_bytes / 2**30:.2f} GiB, "
-                f"the disk has {free / 2**30:.2f} GiB left"
-            )
+        require_space(directory, num_bytes, temporary)
         yield temporary
         temporary.rename(directory)
     except AmskvError:
@@ -164,9 +164,67 @@ def _is_running(process: int) -> bool:
     return True
 
 
+def say(line: str) -> None:
+    """Print a line on standard error."""
+    print(line, file=sys.stderr)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file and wait until it is on the disk."""
     with path.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+@contextmanager
+def locked(
+    path: Path,
+    own: Path | None = None,
+    *,
+    wait: bool = False,
+    busy: str = "",
+    tell: Callable[[str], object] = say,
+) -> Iterator[None]:
+    """Hold a lock which ends with the process, however it ends.
+
+    Args:
+      path: the file to lock; made if missing, and left there.
+      own: a second file, for processes that work side by side: they share ``path``, and each has
+        its own one alone.
+      wait: for others to end, rather than to refuse.
+      busy: message of the error if another process has it.
+      tell: takes a line if the disk knows no locks.
+
+    Raises:
+      AmskvError: if another process has it, or the file cannot be made.
+    """
+    if fcntl is None:
+        yield
+        return
+    with ExitStack() as stack:
+        shared = fcntl.LOCK_SH if own is not None else fcntl.LOCK_EX
+        for file, kind in ((path, shared), (own, fcntl.LOCK_EX)):
+            if file is None:
+                continue
+            try:
+                handle = stack.enter_context(file.open("a"))
+            except OSError as error:
+                raise AmskvError(f"cannot write {file}: {error}") from error
+            try:
+                fcntl.flock(handle, kind if wait else kind | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise AmskvError(busy) from error
+            except OSError as error:  # some disks of several machines
+                tell(f"cannot lock {file} ({error}): see to it that no other process writes there")
+        yield
+
+
+def require_space(path: Path, num_bytes: int, folder: Path) -> None:
+    """Raise an AmskvError if the disk of ``folder`` has less left than ``path`` will need."""
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise AmskvError(
+            f"cannot write {path}: it needs {num_bytes / 2**30:.2f} GiB, "
+            f"the disk has {free / 2**30:.2f} GiB left"
+        )

@@ -17,6 +17,7 @@ FOLDERS = {
 FLOORS = [
     ["errors", "words", "precision", "schedule"],
     ["files", "resize", "numbers"],
+    ["shard_files"],
     ["attention", "similarity", "sampling", "mesh"],
     ["plan"],
     ["policies", "models"],
@@ -26,7 +27,7 @@ FLOORS = [
     ["convert", "text"],
     ["generate", "decode"],
     ["drawing"],
-    ["pipeline"],
+    ["pipeline", "shards"],
     ["calibrate", "benchmark"],
     ["training"],
     ["reports", "evaluation"],

@@ -7,6 +7,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from amskv_jax.checkpoints.embedded import find_checkpoint
+from amskv_jax.cli.bulk import (
+    BATCH,
+    NumOption,
+    PictureFormat,
+    PictureFormatOption,
+    ShardSizeOption,
+    ShardsOption,
+    ShardTokensOption,
+    describe_wanted,
+    draw_bulk,
+    read_bulk,
+)
 from amskv_jax.cli.compilation_cache import use_compilation_cache
 from amskv_jax.cli.console import print_line, progress
 from amskv_jax.cli.files import check_outputs, check_suffix, free_name
@@ -116,16 +128,30 @@ def sample(
     save_tokens: Annotated[
         Path | None, typer.Option(help="Write tokens, labels and seed here (.npz).")
     ] = None,
+    num: NumOption = None,
+    shards: ShardsOption = None,
+    picture_format: PictureFormatOption = PictureFormat.NPZ,
+    shard_size: ShardSizeOption = None,
+    with_tokens: ShardTokensOption = False,
     force: ForceOption = False,
     compilation_cache: CompilationCacheOption = True,
 ) -> None:
     """Draw pictures of classes or prompts, with a cache that keeps what the policy says."""
+    unfit = {
+        "--compare": compare,
+        "--out": out,
+        "--num-per-label": num_per_label > 1,
+        "--forced-codes": forced_codes,
+        "--save-tokens": save_tokens,
+        "--force": force,
+    }
+    bulk = read_bulk(num, shards, picture_format, shard_size, with_tokens, unfit)
     out = out or free_name(Path("amskv-sample.png"))
     check_suffix(out, PICTURE_SUFFIXES)
     check_suffix(save_tokens, {".npz"})
     check_outputs(out, save_tokens, force=force)
     if (checkpoint, policy, plan_file, compare) == (None, None, None, None):
-        policy, compare = "ams", "full"
+        policy, compare = "ams", None if bulk else "full"
     request = choose_policy(policy, plan_file)
 
     import jax  # noqa: PLC0415
@@ -167,6 +193,25 @@ def sample(
             prompts=prompts,
             text_features=text_features,
         )
+    if bulk is not None:
+        statistics = LayerStats.load(stats, info.fingerprint) if stats else None
+        geometry = pipe.geometry(min(batch_size or BATCH, bulk.num))
+        plan = request.plan(pipe.shape, geometry, statistics)
+        print_plan(plan)
+        texts = {"prompt": prompt, "negative_prompt": negative_prompt}
+        named = {"prompts": prompts, "text_features": text_features}
+        draw_bulk(
+            bulk,
+            pipe,
+            place,
+            conditions or pipe.conditions(None),
+            plan,
+            pipe.sampler(plan, attention=attention.value),
+            wanted=describe_wanted(labels, texts, named),
+            seed=seed,
+            batch=batch_size,
+        )
+        return
     if conditions is None:
         classes = pipe.conditions(None)
         conditions = Chosen(classes, tuple(range(min(10, len(classes)))))

@@ -6,23 +6,26 @@ line of figures per policy, and while a policy is drawn its shards, ``NAME.shard
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 
 from amskv_jax.attention import Implementation
-from amskv_jax.drawing import Drawer
+from amskv_jax.drawing import Batch
 from amskv_jax.errors import UsageError
 from amskv_jax.evaluation.comparison import Comparison, open_folder
 from amskv_jax.evaluation.measures import Judge
 from amskv_jax.evaluation.metrics import psnr, ssim
-from amskv_jax.evaluation.results import Record, read_arrays, write_arrays
+from amskv_jax.evaluation.results import Record, read_arrays
 from amskv_jax.generate import Sampler
 from amskv_jax.pipeline import Pipeline
 from amskv_jax.plan.stats import LayerStats
 from amskv_jax.policies.grammar import PolicyRequest
+from amskv_jax.shard_files import ShardFiles
+from amskv_jax.shards import draw_shards
 
 Update = Callable[[str, float], object]
 """Takes what is being done and the share that is done."""
@@ -125,29 +128,23 @@ def _draw(
     batch: int,
     update: Update,
 ) -> np.ndarray:
-    """Return all pictures of a policy, uint8 [num, H, W, 3].
-
-    They come from ``path``, or else shard by shard from files or the model, and go there.
-    """
-    if done := read_arrays(path):
-        return done["arr_0"]
+    """Return all pictures of a policy, uint8 [num, H, W, 3], from ``path`` or else drawn there."""
     num, drawing, conditions = evaluation.num, evaluation.drawing(model), model.conditions(None)
-    controls = model.controls(drawing)
-    drawer: Drawer | None = None
-    shards: dict[Path, np.ndarray] = {}
-    for index, start in enumerate(range(0, num, evaluation.shard)):
-        file = path.with_name(f"{path.stem}.shard-{index:05d}.npz")
-        pixels = read_arrays(file).get("arr_0")
-        if pixels is None:
-            update(f"drawing {path.stem}", start / num)
-            drawer = drawer or model.drawer(sampler, conditions, min(batch, num), drawing)
-            count = min(evaluation.shard, num - start)
-            pixels = drawer.draw(model.params, evaluation.seed, start, count, controls)
-            write_arrays(file, {"arr_0": pixels})
-        shards[file] = pixels
-    arrays = {"arr_0": np.concatenate(list(shards.values()))}
-    classes = conditions.classes(np.arange(num))
-    write_arrays(path, arrays if classes is None else {**arrays, "arr_1": classes})
-    for file in shards:
-        file.unlink()
-    return arrays["arr_0"]
+    batch, what = min(batch, num), f"drawing {path.stem}"
+    labels = conditions.classes(np.arange(num)) is not None
+    size = model.model.picture_size(model.schedule)
+    files = ShardFiles(path, num, size, evaluation.shard, labels=labels)
+    prepare = cache(partial(model.drawer, sampler, conditions, batch, drawing))
+
+    def draw(first: int, count: int) -> Iterator[Batch]:
+        controls = model.controls(drawing)
+        return prepare().batches(model.params, evaluation.seed, first, count, controls)
+
+    draw_shards(
+        files,
+        draw,
+        batch=batch,
+        classes=conditions.classes,
+        update=lambda progress: update(what, progress.done / progress.total),
+    )
+    return read_arrays(path)["arr_0"]

@@ -1,0 +1,295 @@
+"""``amskv sample --num 50000 --shards DIR``: many pictures, in files that other programs read."""
+
+import hashlib
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from amskv_jax.cli.console import Update, make_console, print_line, progress
+from amskv_jax.cli.memory import explaining_memory
+from amskv_jax.cli.options import parse_numbers
+from amskv_jax.errors import AmskvError, UsageError
+from amskv_jax.models.guidance import Drawing
+
+if TYPE_CHECKING:
+    from amskv_jax.drawing import Batch, Drawer
+    from amskv_jax.generate import Sampler
+    from amskv_jax.models.protocol import Conditions
+    from amskv_jax.pipeline import Pipeline
+    from amskv_jax.plan.retention import RetentionPlan
+    from amskv_jax.shards import Progress
+
+BATCH = 64
+"""Pictures drawn at once unless more or fewer are asked for."""
+SHARD_PICTURES, SHARD_BYTES = 1000, 2**28
+"""A shard has so many pictures unless that makes more bytes: some are held while drawing."""
+QUIET_SECONDS = 60
+"""Between two lines of progress where no one watches a bar."""
+
+
+class PictureFormat(StrEnum):
+    """How pictures are kept."""
+
+    NPZ = "npz"
+    PNG = "png"
+
+
+NumOption = Annotated[
+    int | None,
+    typer.Option("--num", min=1, help="Pictures to draw into the folder --shards."),
+]
+ShardsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--shards",
+        help="Folder for --num pictures, in place of a sheet; one there already goes on where it "
+        "was stopped. Picture n shows the n-th of what is asked for, over and over.",
+    ),
+]
+PictureFormatOption = Annotated[
+    PictureFormat,
+    typer.Option(
+        "--format",
+        help="npz: pictures.npz (arr_0, arr_1), as OpenAI's evaluator reads it; png: 000000.png, "
+        "..., and labels.npz.",
+    ),
+]
+ShardSizeOption = Annotated[
+    int | None,
+    typer.Option(
+        "--shard-size",
+        min=1,
+        help="Pictures per file while drawing: what is lost if it is stopped; 1000, or fewer large "
+        "ones, if not given.",
+    ),
+]
+ShardTokensOption = Annotated[
+    bool, typer.Option("--with-tokens", help="Keep the tokens too, in the .npz file of --shards.")
+]
+
+
+@dataclass(frozen=True)
+class Bulk:
+    """What the options ask for; see there."""
+
+    folder: Path
+    num: int
+    format: PictureFormat
+    shard: int | None
+    tokens: bool
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides how the pictures of a folder look, and how they lie there."""
+
+    num: int
+    seed: int
+    shard: int
+    format: str
+    tokens: bool
+    wanted: Mapping[str, Any]
+    model: str
+    scales: tuple[tuple[int, int], ...]
+    drawing: Drawing
+    dtype: str
+    cache_dtype: str
+    cache: str
+    plan: str
+
+
+def read_bulk(
+    num: int | None,
+    shards: Path | None,
+    picture_format: PictureFormat,
+    shard: int | None,
+    tokens: bool,
+    unfit: Mapping[str, Any],
+) -> Bulk | None:
+    """Return what is to be drawn in bulk; None if nothing is.
+
+    Args:
+      num: of the option.
+      shards: of the option.
+      picture_format: of the option.
+      shard: of the option.
+      tokens: of the option.
+      unfit: values of options which have no meaning then.
+
+    Raises:
+      UsageError: if options do not fit together.
+    """
+    if shards is None and num is None:
+        if shard is not None or tokens or picture_format is not PictureFormat.NPZ:
+            raise UsageError("--format, --shard-size and --with-tokens need --num and --shards")
+        return None
+    if shards is None or num is None:
+        raise UsageError("--num and --shards belong together: give both, or neither")
+    given = [name for name, value in unfit.items() if value]
+    if given:
+        hint = ": --with-tokens keeps tokens" if "--save-tokens" in given else ""
+        raise UsageError(f"{given[0]} has no meaning with --shards{hint}; leave it out")
+    if shards.exists() and not shards.is_dir():
+        raise AmskvError(f"{shards} is no folder")
+    return Bulk(shards, num, picture_format, shard, tokens)
+
+
+def describe_wanted(
+    labels: str | None, texts: Mapping[str, Any], files: Mapping[str, Path | None]
+) -> dict[str, Any]:
+    """Return what is asked for, to compare it with what a folder was asked for.
+
+    Args:
+      labels: of the option.
+      texts: values of options that are taken as they are.
+      files: of options that name files, which may change.
+    """
+    numbers = None if labels is None else parse_numbers(labels, "--labels")
+    digests = {
+        name: path and hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        for name, path in files.items()
+    }
+    return {"labels": numbers, **texts, **digests}
+
+
+def draw_bulk(
+    bulk: Bulk,
+    pipe: "Pipeline",
+    weights: Path,
+    conditions: "Conditions",
+    plan: "RetentionPlan",
+    sampler: "Sampler",
+    *,
+    wanted: Mapping[str, Any],
+    seed: int,
+    batch: int | None,
+) -> None:
+    """Draw what is missing in a folder of many pictures.
+
+    Args:
+      bulk: what is to be drawn.
+      pipe: without weights.
+      weights: the checkpoint, loaded if anything is missing.
+      conditions: what to draw, over and over.
+      plan: what the cache keeps.
+      sampler: what draws so.
+      wanted: what the conditions were made of, see ``describe_wanted``.
+      seed: of the random numbers.
+      batch: pictures drawn at once.
+
+    Raises:
+      AmskvError: see ``shards.draw_shards``.
+    """
+    import jax  # noqa: PLC0415
+    import numpy as np  # noqa: PLC0415
+
+    from amskv_jax.pipeline import load  # noqa: PLC0415
+    from amskv_jax.shard_files import ShardFiles  # noqa: PLC0415
+    from amskv_jax.shards import draw_shards  # noqa: PLC0415
+
+    size = pipe.model.picture_size(pipe.schedule)
+    shard = bulk.shard or min(SHARD_PICTURES, max(1, SHARD_BYTES // (3 * size[0] * size[1])))
+    png = bulk.format is PictureFormat.PNG
+    path = bulk.folder / ("labels.npz" if png else "pictures.npz")
+    labels = conditions.classes(np.arange(1)) is not None
+    files = ShardFiles(path, bulk.num, size, shard, labels=labels, tokens=bulk.tokens, png=png)
+    settings = Settings(
+        num=bulk.num,
+        seed=seed,
+        shard=shard,
+        format=bulk.format.value,
+        tokens=bulk.tokens,
+        wanted=wanted,
+        model=pipe.fingerprint,
+        scales=pipe.schedule.grids,
+        drawing=pipe.drawing,
+        dtype=pipe.dtype,
+        cache_dtype=pipe.cache_dtype or pipe.dtype,
+        cache=plan.note,
+        plan=hashlib.sha256(plan.to_json().encode()).hexdigest()[:16],
+    )
+    count = min(batch or BATCH, bulk.num)
+    process = jax.process_index(), jax.process_count()
+
+    @cache
+    def ready() -> "tuple[Drawer, Pipeline]":
+        loaded = replace(pipe, params=load(weights, pipe.dtype).params)
+        drawer = loaded.drawer(sampler, conditions, count)
+        print_line(f"compiled in {drawer.compile_seconds:.1f} s")
+        return drawer, loaded
+
+    def draw(first: int, wanted: int) -> "Iterator[Batch]":
+        drawer, loaded = ready()
+        return drawer.batches(loaded.params, seed, first, wanted, loaded.controls())
+
+    with explaining_memory(count), progress("looking at what is there") as update:
+        shown = _Shown(update)
+        whole = draw_shards(
+            files,
+            draw,
+            batch=count,
+            classes=conditions.classes,
+            settings=settings,
+            process=process,
+            update=shown,
+            tell=print_line,
+        )
+    print_line(shown.summary())
+    if whole:
+        print_line(f"wrote {path}" + (" and the pictures beside it" if png else ""))
+    else:
+        print_line(
+            f"process {process[0]} of {process[1]} has drawn its share; the last to end writes "
+            f"{path}. Have processes folders of their own: put the shards into one, and give this "
+            "command there"
+        )
+
+
+class _Shown:
+    """Shows progress: a bar where someone watches, else a line now and then."""
+
+    def __init__(self, update: Update) -> None:
+        self.update = update
+        self.watched = make_console().is_terminal
+        self.first: int | None = None
+        self.printed = self.started = time.monotonic()
+        self.last: Progress | None = None
+
+    def __call__(self, now: "Progress") -> None:
+        """Show how far drawing is."""
+        self.last = now
+        if self.first is None:
+            self.first, self.started = now.done, time.monotonic()
+            if 0 < now.done < now.total:
+                print_line(f"{now.done} of {now.total} pictures are there, going on")
+            self.update("compiling", None)
+            return
+        text = f"{now.done} of {now.total} pictures"
+        if now.rate and now.seconds_left is not None:
+            text += f", {now.rate:.1f} per second, {clock(now.seconds_left)} left"
+        self.update(text, now.done / now.total)
+        if not self.watched and time.monotonic() - self.printed >= QUIET_SECONDS:
+            print_line(text)
+            self.printed = time.monotonic()
+
+    def summary(self) -> str:
+        """Return what has been done."""
+        if self.last is None or self.last.done == self.first:
+            return "all pictures were there"
+        drawn = self.last.done - (self.first or 0)
+        text = f"{drawn} picture{'s'[: drawn > 1]} in {clock(time.monotonic() - self.started)}"
+        rate = f", {self.last.rate:.2f} per second" if self.last.rate else ""
+        return f"{text} with compiling{rate}"
+
+
+def clock(seconds: float) -> str:
+    """Return a time as people write it, 1:02:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"
