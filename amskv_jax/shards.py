@@ -1,9 +1,9 @@
 """Drawing many pictures into a folder: in shards, killed at any moment, going on where it was.
 
 Beside each other lie NAME.shard-00000.npz, ..., and in the end NAME.npz in their place, in the
-layout that OpenAI's ADM evaluator reads: ``arr_0`` uint8 [N, H, W, 3] and ``arr_1``, the labels; and
-``tokens`` if they are wanted. Pictures may be PNG files instead, 000000.png, ...: the .npz files
-then hold the rest. Everything is written under a temporary name and renamed.
+layout that OpenAI's ADM evaluator reads: ``arr_0`` uint8 [N, H, W, 3], and ``arr_1``, the labels;
+``tokens`` too if they are wanted. Pictures may be PNG files instead, 000000.png, ...: the .npz
+files then hold the rest. Everything is written under a temporary name and renamed.
 
 Batches begin at multiples of their size, whatever is there already: a picture has the same
 neighbours in every run, and so the same bytes.
@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
