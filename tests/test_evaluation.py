@@ -94,22 +94,23 @@ def test_records_hold_bytes_and_figures(whole, judge):
 def test_stopped_evaluation_goes_on_with_the_shard_it_was_at(
     model, judge, whole, tmp_path, monkeypatch
 ):
-    draw, drawn = Drawer.draw, []
+    batches, drawn = Drawer.batches, []
 
-    def interrupted(self, params, seed, first, count, controls):
-        if len(drawn) == 4:  # the second shard of the second policy
-            raise KeyboardInterrupt
-        drawn.append(first)
-        return draw(self, params, seed, first, count, controls)
+    def interrupted(self, *arguments):
+        for batch in batches(self, *arguments):
+            if len(drawn) == 6:  # in the second shard of the second policy
+                raise KeyboardInterrupt
+            drawn.append(batch.first)
+            yield batch
 
-    monkeypatch.setattr(Drawer, "draw", interrupted)
+    monkeypatch.setattr(Drawer, "batches", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluate(EVALUATION, model, REQUESTS, judge, tmp_path, batch=3)
-    assert drawn == [0, 4, 8, 0]
+    assert drawn == [0, 3, 6, 9, 0, 3]
     assert [path.name for path in tmp_path.glob("*.shard-*")] == ["window-75%.shard-00000.npz"]
     drawn.clear()
     records = evaluate(EVALUATION, model, REQUESTS, judge, tmp_path, batch=3)
-    assert drawn == [4, 8]
+    assert drawn == [3, 6, 9]
     for ours, theirs in zip(records, whole[1], strict=True):
         assert {**ours, "draw_seconds": 0} == {**theirs, "draw_seconds": 0}
     np.testing.assert_array_equal(
