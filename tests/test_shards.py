@@ -3,6 +3,8 @@
 import errno
 import hashlib
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,8 +14,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import typer
 from PIL import Image
 
+from amskv_jax.cli import app
 from amskv_jax.errors import AmskvError, UsageError
 from amskv_jax.files import locked
 from amskv_jax.pipeline import load
@@ -464,6 +468,18 @@ def test_command_draws_what_the_pipeline_draws(amskv, checkpoint, tmp_path):
     assert "all pictures were there" in done.out
 
 
+def test_command_draws_shares(amskv, checkpoint, tmp_path):
+    arguments = [*SAMPLE, "--checkpoint", checkpoint, "--shards"]
+    done = amskv(*arguments, tmp_path / "a", "--share", "1/2")
+    assert (done.code, done.err) == (0, "")
+    assert "share 1/2 is drawn; the last process to end writes" in done.out
+    assert len(list((tmp_path / "a").glob("*.shard-*"))) == 3
+    done = amskv(*arguments, tmp_path / "a", "--share", "0/2")
+    assert (done.code, done.err) == (0, "")
+    assert amskv(*arguments, tmp_path / "b").code == 0
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
 def test_command_refuses_other_settings(amskv, checkpoint, tmp_path):
     arguments = [*SAMPLE, "--checkpoint", checkpoint, "--shards", tmp_path / "a"]
     assert amskv(*arguments).code == 0
@@ -483,7 +499,8 @@ def test_command_refuses_other_settings(amskv, checkpoint, tmp_path):
     [
         (("--num", 3), "--num and --shards belong together"),
         (("--shards", "x"), "--num and --shards belong together"),
-        (("--with-tokens",), "--with-tokens need --num and --shards"),
+        (("--with-tokens",), "--with-tokens and --share need --num and --shards"),
+        (("--num", 3, "--shards", "x", "--share", "2/2"), "--share '2/2': expected which of how"),
         (("--num", 3, "--shards", "x", "--save-tokens", "t.npz"), "--with-tokens keeps tokens"),
         (("--num", 3, "--shards", "x", "--compare", "full"), "--compare has no meaning"),
     ],
@@ -494,3 +511,25 @@ def test_command_refuses_what_does_not_fit(options, message, amskv, tmp_path, mo
     assert done.code == 2
     assert message in done.err
     assert not list(tmp_path.iterdir())
+
+
+PAGE = (HERE.parent / "docs" / "bulk.md").read_text(encoding="utf-8")
+
+
+def page_commands():
+    for block in re.findall(r"^```sh\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL):
+        yield from (shlex.split(line)[1:] for line in block.splitlines())
+
+
+@pytest.mark.parametrize("words", list(page_commands()), ids=" ".join)
+def test_commands_of_the_page_are_of_bulk_drawing(words, monkeypatch):
+    command = typer.main.get_command(app).commands[words[0]]
+    monkeypatch.setattr("amskv_jax.cli.options.find_stats", Path)  # needs no file
+    context = command.make_context("amskv", words[1:])  # raises if an option is unknown
+    assert context.params["num"] == 50_000
+    assert context.params["shards"]
+
+
+def test_linked_pages_exist():
+    for path in re.findall(r"\]\((?!https?:)([^)#]+)\)", PAGE):
+        assert (HERE.parent / "docs" / path).exists()

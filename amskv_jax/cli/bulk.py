@@ -72,6 +72,15 @@ ShardSizeOption = Annotated[
 ShardTokensOption = Annotated[
     bool, typer.Option("--with-tokens", help="Keep the tokens too, in the .npz file of --shards.")
 ]
+ShareOption = Annotated[
+    str | None,
+    typer.Option(
+        "--share",
+        help="Of processes or hosts that draw into one folder --shards, or into one each: which "
+        "this is, from 0, and how many there are. If not given: as jax.distributed says.",
+        metavar="INDEX/COUNT",
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -83,6 +92,7 @@ class Bulk:
     format: PictureFormat
     shard: int | None
     tokens: bool
+    share: tuple[int, int] | None
 
 
 @dataclass(frozen=True)
@@ -110,6 +120,7 @@ def read_bulk(
     picture_format: PictureFormat,
     shard: int | None,
     tokens: bool,
+    share: str | None,
     unfit: Mapping[str, Any],
 ) -> Bulk | None:
     """Return what is to be drawn in bulk; None if nothing is.
@@ -120,14 +131,16 @@ def read_bulk(
       picture_format: of the option.
       shard: of the option.
       tokens: of the option.
+      share: of the option.
       unfit: values of options which have no meaning then.
 
     Raises:
       UsageError: if options do not fit together.
     """
     if shards is None and num is None:
-        if shard is not None or tokens or picture_format is not PictureFormat.NPZ:
-            raise UsageError("--format, --shard-size and --with-tokens need --num and --shards")
+        if shard is not None or tokens or share or picture_format is not PictureFormat.NPZ:
+            names = "--format, --shard-size, --with-tokens and --share"
+            raise UsageError(f"{names} need --num and --shards")
         return None
     if shards is None or num is None:
         raise UsageError("--num and --shards belong together: give both, or neither")
@@ -137,7 +150,15 @@ def read_bulk(
         raise UsageError(f"{given[0]} has no meaning with --shards{hint}; leave it out")
     if shards.exists() and not shards.is_dir():
         raise AmskvError(f"{shards} is no folder")
-    return Bulk(shards, num, picture_format, shard, tokens)
+    process = None if share is None else _read_share(share)
+    return Bulk(shards, num, picture_format, shard, tokens, process)
+
+
+def _read_share(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise UsageError(f"--share {text!r}: expected which of how many from 0, such as 0/2 or 1/2")
+    return int(index), int(count)
 
 
 def describe_wanted(
@@ -215,11 +236,12 @@ def draw_bulk(
         plan=hashlib.sha256(plan.to_json().encode()).hexdigest()[:16],
     )
     count = min(batch or BATCH, bulk.num)
-    process = jax.process_index(), jax.process_count()
+    count = pipe.mesh.filled(count) if pipe.mesh else count
+    process = bulk.share or (jax.process_index(), jax.process_count())
 
     @cache
     def ready() -> "tuple[Drawer, Pipeline]":
-        loaded = replace(pipe, params=load(weights, pipe.dtype).params)
+        loaded = replace(pipe, params=load(weights, pipe.dtype, mesh=pipe.mesh).params)
         drawer = loaded.drawer(sampler, conditions, count)
         print_line(f"compiled in {drawer.compile_seconds:.1f} s")
         return drawer, loaded
@@ -229,6 +251,8 @@ def draw_bulk(
         return drawer.batches(loaded.params, seed, first, wanted, loaded.controls())
 
     with explaining_memory(count), progress("looking at what is there") as update:
+        if jax.process_count() > 1:
+            ready()  # reading weights, processes wait for each other: all must come
         shown = _Shown(update)
         whole = draw_shards(
             files,
@@ -245,9 +269,8 @@ def draw_bulk(
         print_line(f"wrote {path}" + (" and the pictures beside it" if png else ""))
     else:
         print_line(
-            f"process {process[0]} of {process[1]} has drawn its share; the last to end writes "
-            f"{path}. Have processes folders of their own: put the shards into one, and give this "
-            "command there"
+            f"share {process[0]}/{process[1]} is drawn; the last process to end writes {path}. If "
+            "the others have folders of their own, put all into one, and give this command there"
         )
 
 

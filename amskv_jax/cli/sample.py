@@ -13,6 +13,7 @@ from amskv_jax.cli.bulk import (
     PictureFormat,
     PictureFormatOption,
     ShardSizeOption,
+    ShareOption,
     ShardsOption,
     ShardTokensOption,
     describe_wanted,
@@ -133,6 +134,7 @@ def sample(
     picture_format: PictureFormatOption = PictureFormat.NPZ,
     shard_size: ShardSizeOption = None,
     with_tokens: ShardTokensOption = False,
+    share: ShareOption = None,
     force: ForceOption = False,
     compilation_cache: CompilationCacheOption = True,
 ) -> None:
@@ -145,7 +147,7 @@ def sample(
         "--save-tokens": save_tokens,
         "--force": force,
     }
-    bulk = read_bulk(num, shards, picture_format, shard_size, with_tokens, unfit)
+    bulk = read_bulk(num, shards, picture_format, shard_size, with_tokens, share, unfit)
     out = out or free_name(Path("amskv-sample.png"))
     check_suffix(out, PICTURE_SUFFIXES)
     check_suffix(save_tokens, {".npz"})

@@ -131,6 +131,7 @@ def _draw(
     """Return all pictures of a policy, uint8 [num, H, W, 3], from ``path`` or else drawn there."""
     num, drawing, conditions = evaluation.num, evaluation.drawing(model), model.conditions(None)
     batch, what = min(batch, num), f"drawing {path.stem}"
+    batch = model.mesh.filled(batch) if model.mesh else batch
     labels = conditions.classes(np.arange(num)) is not None
     size = model.model.picture_size(model.schedule)
     files = ShardFiles(path, num, size, evaluation.shard, labels=labels)
