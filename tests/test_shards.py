@@ -522,9 +522,8 @@ def page_commands():
 
 
 @pytest.mark.parametrize("words", list(page_commands()), ids=" ".join)
-def test_commands_of_the_page_are_of_bulk_drawing(words, monkeypatch):
+def test_commands_of_the_page_are_of_bulk_drawing(words):
     command = typer.main.get_command(app).commands[words[0]]
-    monkeypatch.setattr("amskv_jax.cli.options.find_stats", Path)  # needs no file
     context = command.make_context("amskv", words[1:])  # raises if an option is unknown
     assert context.params["num"] == 50_000
     assert context.params["shards"]
