@@ -196,7 +196,7 @@ def sample(
             text_features=text_features,
         )
     if bulk is not None:
-        statistics = LayerStats.load(stats, info.fingerprint) if stats else None
+        statistics = LayerStats.load(stats, pipe.fingerprint) if stats else None
         geometry = pipe.geometry(min(batch_size or BATCH, bulk.num))
         plan = request.plan(pipe.shape, geometry, statistics)
         print_plan(plan)
