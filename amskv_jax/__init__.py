@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from amskv_jax.checkpoints.publish import push
     from amskv_jax.configs import ModelConfig
     from amskv_jax.convert import convert_var, export_checkpoint
-    from amskv_jax.decode import decode
     from amskv_jax.errors import AmskvError, UsageError
     from amskv_jax.generate import Sampler, Samples, picture_keys
     from amskv_jax.mesh import MeshShape
@@ -60,7 +59,6 @@ _MODULE_OF = {
         "configs": ("ModelConfig",),
         "convert": ("convert_var", "export_checkpoint"),
         "errors": ("AmskvError", "UsageError"),
-        "decode": ("decode",),
         "generate": ("Sampler", "Samples", "picture_keys"),
         "checkpoints.hub": ("fetch",),
         "checkpoints.initialize": ("init_checkpoint",),
@@ -129,7 +127,6 @@ __all__ = [
     "VQVAEConfig",
     "Window",
     "convert_var",
-    "decode",
     "export_checkpoint",
     "fetch",
     "init_checkpoint",

@@ -5,7 +5,7 @@ more than twice the largest parameter is held.
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +39,15 @@ ARCHITECTURES: dict[str, dict[str, Architecture[Any]]] = {
     },
 }
 """How the parts of every kind of model are converted, those first which tell about the others."""
+
+
+def refuse_others(architecture: Architecture[Any], keys: Collection[str], source: str) -> None:
+    """Raise an AmskvError if the keys in ``source`` are those of another known architecture."""
+    if architecture.keys[0] in keys:
+        return
+    for other in (other for parts in ARCHITECTURES.values() for other in parts.values()):
+        if other.keys[0] in keys:
+            raise AmskvError(f"{source} holds {other.name}, expected {architecture.name}")
 
 
 def architecture_of(config_type: type[Any]) -> Architecture[Any]:
@@ -270,6 +279,8 @@ def _open(
     for part, architecture in architectures.items():
         source = read_state_dict(sources[part], architecture.keys)
         source = replace(source, settings={**source.settings, **settings})
+        keys = source.state.keys() | architecture.weights(source.state).keys()
+        refuse_others(architecture, keys, str(source.path))
         assert architecture.infer is not None
         found[part] = Found(architecture.infer(source, found), source.settings)
         opened[part] = source

@@ -14,6 +14,7 @@ from checks import assert_same_state, message, to_torch
 from flax.traverse_util import flatten_dict
 
 from amskv_jax.convert import bsq
+from amskv_jax.convert.api import refuse_others
 from amskv_jax.convert.read import read_state_dict
 from amskv_jax.models.infinity.bsq_config import BSQConfig
 from amskv_jax.models.infinity.vae import BSQVAE
@@ -161,7 +162,7 @@ def test_patchify_can_be_told():
 
 
 def test_other_architectures_are_named():
-    text = message(bsq.infer_config, {"quantize.embedding.weight": np.zeros(1)}, source="vae.pth")
+    text = message(refuse_others, bsq.BSQ, ["quantize.embedding.weight"], "vae.pth")
     assert text == "vae.pth holds a VAR tokenizer, expected an Infinity tokenizer"
 
 

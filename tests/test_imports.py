@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import amskv_jax
+
 ROOT = Path(__file__).parents[1]
 FOLDERS = {
     "amskv_jax.models": ROOT / "models",
@@ -107,6 +109,11 @@ def test_tests_import_no_tests():
     for name, text in tests.items():
         imported = re.findall(r"\b(?:import|from) (test_\w+)", text)
         assert not tests.keys() & set(imported), f"{name} imports {imported}"
+
+
+def test_public_names_are_no_modules():
+    """A module, once it is imported, would hide the name."""
+    assert not {f"amskv_jax.{name}" for name in amskv_jax.__all__} & MODULES.keys()
 
 
 def test_files_are_short():

@@ -131,6 +131,6 @@ def encode(
       config: the encoder's shape.
       dtype: of the products.
     """
-    mask = jnp.arange(tokens.shape[1]) < jnp.asarray(lengths)[:, None]
+    mask = jnp.arange(tokens.shape[1])[None] < jnp.asarray(lengths)[:, None]
     features: Any = T5Encoder(config, jnp.dtype(dtype)).apply({"params": params}, tokens, mask)
     return features
