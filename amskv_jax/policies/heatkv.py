@@ -1,4 +1,4 @@
-"""HeatKV: (head, scale) blocks removed in a fixed order, under a budget that holds at every layer."""
+"""HeatKV: (head, scale) blocks removed in a fixed order, within a budget at every layer."""
 
 import json
 import math
@@ -282,7 +282,7 @@ def _brought_forward(
 
 
 def _rows(schedule: ScaleSchedule, seen: np.ndarray) -> tuple[HeadRow, ...]:
-    """Return the rows of layers that read ``seen`` [S, layers, heads, S]; equal heads are shared."""
+    """Return the rows of layers that read ``seen`` [S, layers, heads, S]."""
     made: dict[bytes, StaticRow] = {}
 
     def row(kept: np.ndarray) -> StaticRow:
