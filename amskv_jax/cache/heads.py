@@ -132,10 +132,14 @@ class HeadSlots:
         rows, length, heads, _ = query.shape
         cached = self.flat.store.decode(part, key.dtype)
         # The own tokens come first, so that padding comes last.
-        both = [jnp.concatenate(pair, axis=1) for pair in zip((key, value), cached, strict=True)]
+        keys, values = (
+            jnp.concatenate(pair, axis=1) for pair in zip((key, value), cached, strict=True)
+        )
         lengths = jnp.tile(jnp.array(segments.lengths, jnp.int32) + length, rows)
-        folded = [_flat(x).reshape(rows * heads, -1, 1, x.shape[-1]) for x in (query, *both)]
-        output = attend(*folded, scale, implementation, lengths)
+        query, keys, values = (
+            _flat(x).reshape(rows * heads, -1, 1, x.shape[-1]) for x in (query, keys, values)
+        )
+        output = attend(query, keys, values, scale, implementation, lengths)
         return jnp.swapaxes(output.reshape(rows, heads, length, -1), 1, 2)
 
 
