@@ -52,7 +52,7 @@ def test_a_policy_is_spelled_by_its_fields(text, expected):
 
 
 def test_saving_and_bytes_are_options_of_every_policy_with_a_budget():
-    assert BUDGETED == ["ams", "window", "sink", "h2o", "scalekv", "heads"]
+    assert BUDGETED == ["ams", "window", "sink", "h2o", "scalekv", "heads", "heatkv"]
     for name in BUDGETED:
         assert {"saving", "bytes"} <= option_readers(REGISTRY[name]).keys()
         assert parse_policy(f"{name}:bytes=1.5KiB").max_bytes == 1536
