@@ -20,7 +20,7 @@ from amskv_jax.schedule import ScaleSchedule
 
 @dataclass(frozen=True)
 class HeatKV(Policy):
-    """Removes, scale by scale, the heads that attend to it least, as few as the budget demands.
+    """Keeps, per scale, all heads but those that attend to it least, as the budget demands.
 
     Head-tuned KV-cache compression, arXiv 2605.14877, with the schedule of its published code. The
     coarsest scales are protected. Every other source scale has an order of all heads of all layers:
