@@ -57,8 +57,8 @@ class HeadSegments:
             starts[head, : len(begins)] = begins
             shifts = np.subtract(slots, begins)
             jumps[head, : len(begins)] = np.diff(shifts, prepend=0)
-        position = jnp.arange(self.longest, dtype=jnp.int32)
-        passed = position[:, None] >= starts[:, None]
+        position = jnp.arange(self.longest, dtype=jnp.int32)[None]
+        passed = position[..., None] >= starts[:, None]
         return position + jnp.where(passed, jumps[:, None], 0).sum(-1, dtype=jnp.int32)
 
 
