@@ -32,6 +32,7 @@ from amskv_jax.models.var.config import VARConfig
 from amskv_jax.models.var.model import VARModel
 from amskv_jax.numbers import NUMBERS
 from amskv_jax.pipeline import load
+from amskv_jax.plan.rows import HeadRow
 from amskv_jax.policies import AMSKV, H2O, Full, Heads, OnlineAMSKV, ScaleKV, Window
 from amskv_jax.sampling import TokenSampling
 from amskv_jax.schedule import ScaleSchedule
@@ -156,9 +157,8 @@ def test_heads_that_differ_from_device_to_device(mesh):
     assert any(type(slots) is SplitHeadSlots for slots in layout.groups)
     for slots in layout.groups:
         if type(slots) is SplitHeadSlots:
-            needs = [
-                sum(r.capacity for r in part) for part in np.split(heads_of(slots, plan), shards)
-            ]
+            parts = np.split(heads_of(slots, plan), shards)
+            needs = [HeadRow(tuple(part)).head_slots(len(part)) for part in parts]
             assert slots.capacity == max(needs)
 
 

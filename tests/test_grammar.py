@@ -52,7 +52,7 @@ def test_a_policy_is_spelled_by_its_fields(text, expected):
 
 
 def test_saving_and_bytes_are_options_of_every_policy_with_a_budget():
-    assert BUDGETED == ["ams", "window", "sink", "h2o", "scalekv", "heads"]
+    assert BUDGETED == ["ams", "window", "sink", "h2o", "scalekv", "heads", "heatkv"]
     for name in BUDGETED:
         assert {"saving", "bytes"} <= option_readers(REGISTRY[name]).keys()
         assert parse_policy(f"{name}:bytes=1.5KiB").max_bytes == 1536
@@ -235,7 +235,8 @@ def test_no_larger_budget_fits(name):
     for max_bytes in (2**22, 2**22 + 12345):
         policy = within_bytes(REGISTRY[name](), max_bytes, GEOMETRY, SHAPE, STATS)
         field = "window" if name in ("window", "sink") else "budget"
-        more = {field: getattr(policy, field) + 1}
+        one = 1 / SHAPE.schedule.offsets[-2] if name == "heatkv" else 1  # its budget is a share
+        more = {field: getattr(policy, field) + one}
         larger = type(policy)(**(vars(policy) | more)).plan(SHAPE, STATS)
         assert MemoryReport.of(larger, GEOMETRY).plan > max_bytes
 

@@ -1,21 +1,32 @@
 """Per-head plans: blocks chosen and lent against a slow oracle, attention per head, options."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_stats import cache_shape
 
+from amskv_jax.cache.layout import slots_of
+from amskv_jax.cache.store import Store
 from amskv_jax.errors import AmskvError, UsageError
 from amskv_jax.numbers import NUMBERS
 from amskv_jax.plan.memory import CacheGeometry, MemoryReport
 from amskv_jax.plan.retention import RetentionPlan
-from amskv_jax.plan.rows import HeadRow, StaticRow
+from amskv_jax.plan.rows import HeadRow, Segment, StaticRow
 from amskv_jax.plan.stats import TOP_COUNTS, LayerStats
 from amskv_jax.policies import Explicit, Full, Heads
 from amskv_jax.policies.heads import choose_blocks, head_mass, head_row
 from amskv_jax.schedule import VAR_256, ScaleSchedule
-from amskv_jax.testing import check_obeyed, draw_records, drive
+from amskv_jax.testing import (
+    LayerRecord,
+    check_obeyed,
+    dense_attention,
+    draw_records,
+    drive,
+    read_mask,
+)
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -78,7 +89,7 @@ def kept_by_oracle(stats, budget, protected):
 )
 def test_kept_scales_are_those_of_the_oracle(schedule, budget, protected):
     stats = make_stats(schedule, 3, 4)
-    plan = Heads(budget, protected, patterns=99).plan(cache_shape(schedule, 3, 4), stats)
+    plan = Heads(budget, protected).plan(cache_shape(schedule, 3, 4), stats)
     oracle = kept_by_oracle(stats, budget, protected)
     found = {
         (layer, head): [{segment.scale for segment in step} for step in static.keep]
@@ -99,7 +110,7 @@ def test_choices_keep_budget_protection_and_patterns(heads, budget, protected, p
     assert len(np.unique(chosen, axis=0)) <= patterns
     spent = (chosen @ tokens).sum()
     assert spent <= budget * heads
-    free = choose_blocks(mass, tokens, budget, protected, 99)
+    free = choose_blocks(mass, tokens, budget, protected)
     missing = np.broadcast_to(tokens, free.shape)[~free]
     left = budget * heads - (free @ tokens).sum()
     assert not (missing <= left).any(), "another block fits"
@@ -123,7 +134,7 @@ def test_one_pattern_is_that_of_the_average_head():
 def test_the_budget_is_the_mean_of_what_is_allocated():
     stats = make_stats(VAR_256, 8, 4)
     for budget in (5, 50, 200, 423):
-        for patterns in (2, 8, 99):
+        for patterns in (2, 8, None):
             plan = Heads(budget, patterns=patterns).plan(cache_shape(VAR_256, 8, 4), stats)
             slots = sum(row.head_slots(4) for row in plan.rows)
             assert 32 * budget - 256 < slots <= 32 * budget
@@ -163,6 +174,81 @@ def test_bytes_are_those_of_the_heads_together():
     plan = RetentionPlan(SMALL, (HeadRow((whole, little, little)),) * 2)
     report = MemoryReport.of(plan, CacheGeometry(4, 3, 8, NUMBERS["bfloat16"]))
     assert report.plan == 2 * 4 * (14 + 1 + 1) * 2 * 8 * 2
+
+
+def test_what_one_head_drops_another_fills():
+    """Slots of all heads together are the most that any step reads, and all kinds of parts fit."""
+    early = StaticRow.from_scales(OBLONG, [[], [0], [0, 1], [1, 2], [1], []])
+    late = StaticRow.from_scales(OBLONG, [[], [], [], [], [3], [3, 4]])
+    parts = [[], [], [(1, 1, 3), (1, 4, 6)], [(1, 4, 6), (2, 3, 9)], [(2, 3, 9)], [(4, 5, 27)]]
+    cut = StaticRow(tuple(tuple(Segment(*part) for part in step) for step in parts))
+    row = HeadRow((early, late, cut, late, early))
+    assert row.head_slots(5) == 2 * (28 + 4) + 22 < sum(head.capacity for head in row.heads)
+    slots = slots_of(row, OBLONG, Store(NUMBERS["bfloat16"]))
+    buffers = jax.tree.leaves(slots.init(3, 2, 5, 8))
+    report = MemoryReport.of(RetentionPlan(OBLONG, (row,) * 3), CacheGeometry(2, 5, 8))
+    assert sum(leaf.nbytes for leaf in buffers) == report.plan
+    check_obeyed(RetentionPlan(OBLONG, (row,)), [drive(row, OBLONG, 0.7, heads=5)], 0.7, 1e-5)
+
+
+@st.composite
+def head_rows(draw, heads):
+    """Rows whose heads drop whole scales and single tokens at random."""
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    rows = []
+    for _ in range(heads):
+        alive, kept = np.zeros(SMALL.total, bool), []
+        for step in range(SMALL.num_scales):
+            kept.append(alive.copy())
+            alive[SMALL.slice(step)] = True
+            alive[random.random(SMALL.total) < 0.2] = False
+            for scale in np.flatnonzero(random.random(SMALL.num_scales) < 0.3):
+                alive[SMALL.slice(scale)] = False
+        rows.append(StaticRow.from_positions(SMALL, kept))
+    return HeadRow(tuple(rows))
+
+
+@given(head_rows(3))
+@settings(deadline=None, max_examples=15)
+def test_heads_read_their_own_tokens_whatever_is_dropped(row):
+    plan = RetentionPlan(SMALL, (row,))
+    check_obeyed(plan, [drive(row, SMALL, 0.7, heads=3)], 0.7, 1e-5)
+
+
+@pytest.mark.parametrize("numbers", NUMBERS)
+def test_codes_of_every_format_reach_their_heads(numbers):
+    whole = StaticRow.from_scales(SMALL, [range(i) for i in range(4)])
+    little = StaticRow.from_scales(SMALL, [[], [0], [1], [2]])
+    row = HeadRow((little, whole, little))
+    exact = drive(row, SMALL, 0.7, heads=3, numbers=NUMBERS["float32"])
+    coded = drive(row, SMALL, 0.7, heads=3, numbers=NUMBERS[numbers])
+
+    def through(part):  # what the cache makes of keys and values
+        return np.asarray(NUMBERS[numbers].decode(NUMBERS[numbers].encode(part), "float32"))
+
+    for step in range(SMALL.num_scales):
+        mask = read_mask(row, SMALL, exact, step)
+        keys, values = (
+            [*map(through, parts[:step]), parts[step]] for parts in (exact.key, exact.value)
+        )
+        record = LayerRecord(exact.query, keys, values, exact.output, exact.cache)
+        expected = dense_attention(record, step, mask, 0.7)
+        np.testing.assert_allclose(coded.output[step], expected, atol=1e-5)
+
+
+def test_one_attention_serves_all_heads():
+    """Two products, of queries with keys and of weights with values, however many patterns."""
+    random = np.random.default_rng(0)
+    chosen = random.random((12, 3)) < 0.5
+    row = HeadRow(tuple(head_row(SMALL, scales) for scales in chosen))
+    assert len(row.groups) > 4
+    slots = slots_of(row, SMALL, Store(NUMBERS["float32"]))
+    cache = slots.init(1, 2, 12, 8)
+    for step, tokens in enumerate(SMALL.tokens):
+        qkv = (jnp.zeros((2, tokens, 12, 8)),) * 3
+        program = jax.make_jaxpr(slots.attend, static_argnums=(2, 4, 5))
+        text = str(program(cache, jnp.int32(0), step, qkv, 0.7, "xla"))
+        assert text.count("dot_general[") == 2
 
 
 def plan_of(heads):

@@ -26,6 +26,7 @@ from amskv_jax.policies import (
     Explicit,
     Full,
     Heads,
+    HeatKV,
     OnlineAMSKV,
     ScaleKV,
     Sink,
@@ -77,6 +78,7 @@ CASES = {
     "ams-online": [OnlineAMSKV(*both, **ONLINE) for both in ((1, 5), (5, 10), (EVERYTHING,) * 2)],
     "sink": [Sink(1, 2), Sink(3, 6), Sink(5, 16)],
     "heads": [Heads(4, protected=1), Heads(9, protected=1), Heads(EVERYTHING)],
+    "heatkv": [HeatKV(0.25, protected=1), HeatKV(0.6, protected=1), HeatKV(1.0)],
     "explicit": explicit,
 }
 """Policies without a budget, or whose defaults do not suit so small a one."""

@@ -1,22 +1,19 @@
 """Slots of layers whose heads keep different tokens, where devices share the heads.
 
-All devices run one program, yet the sets of equal heads differ from device to device. So a layer
-has one pool of slots, as large as the largest need, and each device lays out its own sets in it.
+All devices run one program, yet what their heads keep differs from device to device. So a layer's
+buffer is as large as the largest need, and each device lays out its own heads in it.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from amskv_jax.attention import QKV, Implementation
 from amskv_jax.cache.heads import HeadSlots
-from amskv_jax.cache.store import KVCache, Store, after, read, write
+from amskv_jax.cache.store import KVCache, Store
 from amskv_jax.mesh import MODEL
 from amskv_jax.plan.rows import HeadRow
 from amskv_jax.schedule import ScaleSchedule
@@ -47,7 +44,7 @@ class SplitHeadSlots:
     @property
     def capacity(self) -> int:
         """Slots of one device, over all its heads."""
-        return max(_ends(slots)[-1] for slots in self.devices)
+        return max(slots.flat.capacity for slots in self.devices)
 
     def init(self, layers: int, rows: int, num_heads: int, head_dim: int) -> KVCache:
         """Return empty buffers of one device, leaves [layers, rows, capacity, 1, something]."""
@@ -66,18 +63,7 @@ class SplitHeadSlots:
 
         def run(slots: HeadSlots) -> Callable[..., tuple[jax.Array, KVCache]]:
             def attend(cache: KVCache, layer: jax.Array, qkv: QKV) -> tuple[jax.Array, KVCache]:
-                ends = _ends(slots)
-                parts = tuple(
-                    _unfold(read(cache, layer, start, end - start), len(heads))
-                    for start, end, heads in zip(ends, ends[1:], slots.heads, strict=False)
-                )
-                first = jnp.int32(0)
-                output, updated = slots.attend(parts, first, step, qkv, scale, implementation)
-                layer = after(output, layer, cache)
-                for group, start, part in zip(slots.groups, ends, updated, strict=False):
-                    if group.writes[step]:
-                        cache = write(cache, layer, start, _fold(part))
-                return output, cache
+                return slots.attend(cache, layer, step, qkv, scale, implementation)
 
             return attend
 
@@ -86,21 +72,3 @@ class SplitHeadSlots:
             lax.axis_index(MODEL), branches, cache, layer, qkv
         )
         return own
-
-
-def _ends(slots: HeadSlots) -> tuple[int, ...]:
-    """Return where in the pool every set of heads begins, and where the last ends."""
-    sizes = [
-        group.capacity * len(heads) for group, heads in zip(slots.groups, slots.heads, strict=True)
-    ]
-    return tuple(accumulate(sizes, initial=0))
-
-
-def _unfold(part: Any, heads: int) -> Any:
-    """Return leaves [rows, slots x heads, 1, n] as [1, rows, slots, heads, n]."""
-    return jax.tree.map(lambda x: x.reshape(1, len(x), -1, heads, x.shape[-1]), part)
-
-
-def _fold(part: Any) -> Any:
-    """Undo ``_unfold``."""
-    return jax.tree.map(lambda x: x.reshape(x.shape[1], -1, 1, x.shape[-1]), part)

@@ -126,7 +126,7 @@ class StaticRow:
 
 @dataclass(frozen=True)
 class HeadRow:
-    """What every head of one layer keeps; heads with equal rows are one attention call.
+    """What every head of one layer keeps; all heads share the layer's slots.
 
     Attributes:
       heads: one row per head.
@@ -170,7 +170,7 @@ class HeadRow:
     def head_slots(self, num_heads: int) -> int:
         """Return the slots of all heads together; raises AmskvError for another number of heads."""
         check_heads(len(self.heads), num_heads)
-        return sum(row.capacity for row in self.heads)
+        return max(map(sum, zip(*(row.kept_tokens for row in self.heads), strict=True)))
 
     def scores(self, num_heads: int) -> int:
         """Return how many float32 scores are cached per batch row."""

@@ -8,6 +8,7 @@ from amskv_jax.policies.explicit import Explicit
 from amskv_jax.policies.full import Full
 from amskv_jax.policies.h2o import H2O
 from amskv_jax.policies.heads import Heads
+from amskv_jax.policies.heatkv import HeatKV
 from amskv_jax.policies.scalekv import ScaleKV
 from amskv_jax.policies.window import Sink, Window
 
@@ -20,6 +21,7 @@ REGISTRY: dict[str, type[Policy]] = {
     "h2o": H2O,
     "scalekv": ScaleKV,
     "heads": Heads,
+    "heatkv": HeatKV,
     "explicit": Explicit,
 }
 """Name on the command line -> policy. What is registered here is known to every command."""
@@ -40,6 +42,7 @@ __all__ = [
     "Explicit",
     "Full",
     "Heads",
+    "HeatKV",
     "OnlineAMSKV",
     "Policy",
     "ScaleKV",

@@ -17,7 +17,8 @@ from amskv_jax.schedule import ScaleSchedule
 class Heads(Policy):
     """Keeps, per head, the scales with the most calibrated attention per token.
 
-    After the idea of HeatKV, arXiv 2605.14877: a static schedule of (head, scale) blocks. A block
+    After the idea of HeatKV, arXiv 2605.14877 (which itself is the policy ``heatkv``): a static
+    schedule of (head, scale) blocks. A block
     is worth the attention which the head gives to the scale, averaged over the later scales (the
     paper's S-CAS). The blocks worth most per token are kept to the end, as many as the budget of
     the whole model holds; slots not needed yet hold the latest other scales meanwhile.
@@ -26,8 +27,9 @@ class Heads(Policy):
       budget: mean tokens per head, over all heads and layers, that are allocated; default: the mean
         of the default AMS-KV plan.
       protected: number of coarsest scales which every head keeps.
-      patterns: most different sets of scales among all heads. Heads of a layer with different sets
-        are separate attention calls, so that many sets compile long.
+      patterns: most different sets of scales among all heads; default: any number, as all heads of
+        a layer share one buffer and one attention call. Few sets follow the calibration less
+        closely, and its noise too.
 
     Raises:
       UsageError: if an option is out of range.
@@ -35,14 +37,14 @@ class Heads(Policy):
 
     budget: int | None = None
     protected: int = 2
-    patterns: int = 8
+    patterns: int | None = None
 
     def __post_init__(self) -> None:
         if self.budget is not None and self.budget < 0:
             raise UsageError(f"the budget must be 0 or more tokens, not {self.budget}")
         if self.protected < 0:
             raise UsageError(f"protected must be 0 or more scales, not {self.protected}")
-        if self.patterns < 1:
+        if self.patterns is not None and self.patterns < 1:
             raise UsageError(f"the patterns must be 1 or more, not {self.patterns}")
 
     @property
@@ -106,7 +108,7 @@ def head_mass(head_density: np.ndarray) -> np.ndarray:
 
 
 def choose_blocks(
-    mass: np.ndarray, tokens: np.ndarray, budget: int, protected: int, patterns: int
+    mass: np.ndarray, tokens: np.ndarray, budget: int, protected: int, patterns: int | None = None
 ) -> np.ndarray:
     """Choose the scales that every head keeps to the end.
 
@@ -120,14 +122,14 @@ def choose_blocks(
       tokens: [S - 1] of every scale.
       budget: mean tokens per head.
       protected: coarsest scales that are always chosen; they fit.
-      patterns: most different rows of the result.
+      patterns: most different rows of the result; None for any number.
 
     Returns:
       [N, S - 1] bool. Of equal blocks the first head's, then the coarsest, is taken.
     """
     chosen = _best_blocks(mass, tokens, budget, protected)
     sets, heads = np.unique(chosen, axis=0, return_counts=True)
-    if len(sets) <= patterns:
+    if patterns is None or len(sets) <= patterns:
         return chosen
     average = _best_blocks(mass.mean(0, keepdims=True), tokens, budget, protected)
     others = sets[np.argsort(-heads, kind="stable")]
