@@ -11,7 +11,10 @@ from made_stats import cache_shape
 from reference_weights import GOLDEN
 from selecting_oracle import assert_reads, observing_tokens, scalekv_positions
 
+from amskv_jax import configs
 from amskv_jax.errors import AmskvError, UsageError
+from amskv_jax.models.infinity.schedules import schedule_of
+from amskv_jax.plan.memory import CacheGeometry, MemoryReport
 from amskv_jax.plan.retention import RetentionPlan
 from amskv_jax.plan.runtime_rows import SelectingRow
 from amskv_jax.plan.selectors import WindowScores, best
@@ -79,6 +82,32 @@ def test_published_budgets_give_the_public_codes_cache_sizes(golden):
     assert (counts[:, 8:12].mean(0) == 650).all()
     assert plan.rows[5].selector == WindowScores(16, 5, "reference")
     assert "budgets of budget_2b.json" in plan.note
+
+
+PUBLISHED_8B = {9: (909, 629), 10: (1464, 584), 11: (2463, 503), 12: (4054, 374), 13: (6200, 200)}
+"""Tokens of drafters (the layers 0 to 2 of 40) and refiners in the public code's file for 8B."""
+
+
+@pytest.mark.parametrize(
+    ("model", "layers", "expected"), [("infinity-2b", 32, 0.45), ("infinity-8b", 40, 1.12)]
+)
+def test_published_budgets_on_the_shapes_of_both_models(model, layers, expected, tmp_path):
+    path, found = BUDGETS, configs.get(model).model
+    if model == "infinity-8b":
+        path = tmp_path / "budget_8b.json"
+        flags = {f"Block {layer}": int(layer < 3) for layer in range(40)}
+        budgets = {
+            f"Scale {scale}": {**flags, "Max": most, "Min": least}
+            for scale, (most, least) in PUBLISHED_8B.items()
+        }
+        path.write_text(json.dumps(budgets))
+    shape = found.cache_shape(schedule_of())
+    plan = ScaleKV(budget_file=str(path), mode="reference").plan(shape)
+    assert len(plan.rows) == layers
+    counts = np.array([row.counts for row in plan.rows])
+    assert (counts[:, 8:12].mean(0) == 650).all()
+    report = MemoryReport.of(plan, CacheGeometry.of(shape, 1, "bfloat16"))
+    assert round(report.plan / 2**30, 2) == expected
 
 
 # The slow oracle

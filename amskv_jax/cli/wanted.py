@@ -146,14 +146,17 @@ def as_wanted(
       **drawing: see ``drawing_of``.
 
     Raises:
-      UsageError: if a value cannot be read, or the model has no such shape.
+      UsageError: if a value cannot be read, the model has no such shape, or cannot draw so.
     """
-    return replace(
+    wanted = replace(
         pipe,
         schedule=pipe.model.find_schedule(aspect, size),
         cache_dtype=cache_dtype,
         drawing=drawing_of(pipe.drawing, **drawing),
     )
+    wanted.controls()  # before prompts are encoded, which takes long
+    wanted.model.guidance(wanted.drawing)
+    return wanted
 
 
 def open_checkpoint(
