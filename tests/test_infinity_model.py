@@ -1,11 +1,15 @@
 """Infinity as a model of the protocol: what it can draw, and how it says what it cannot."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from checks import message
 
+from amskv_jax import configs
+from amskv_jax.checkpoints.initialize import init_checkpoint
 from amskv_jax.models.guidance import UNGUIDED, Drawing, Guidance
 from amskv_jax.models.infinity.bsq_config import BSQConfig
 from amskv_jax.models.infinity.config import InfinityConfig
@@ -13,6 +17,7 @@ from amskv_jax.models.infinity.model import InfinityModel
 from amskv_jax.models.infinity.prompts import Prompts, TextFeatures
 from amskv_jax.models.infinity.schedules import schedule_of
 from amskv_jax.models.infinity.transformer import Infinity
+from amskv_jax.models.t5 import T5Config
 from amskv_jax.plan.shape import CacheShape
 from amskv_jax.schedule import VAR_256, ScaleSchedule
 
@@ -132,3 +137,15 @@ def test_only_the_parts_that_are_used_need_be_there():
 def test_shapes_that_cannot_be(wrong, said):
     with pytest.raises(ValueError, match=said):
         InfinityConfig(depth=4, **wrong)
+
+
+def test_a_model_without_text_encoder_is_known_by_its_name(amskv, monkeypatch, tmp_path):
+    """A checkpoint may lack the text encoder which the known model has."""
+    config = InfinityConfig(2, 64, 2, bits=4, text_channels=32, text_maxlen=8)
+    model = InfinityModel(config, BSQConfig(4, 32, (1, 1), 1))
+    whole = replace(model, text_encoder=T5Config(1, 32, 2, 8, 32, vocab_size=16))
+    monkeypatch.setattr(configs, "names", lambda: ["small"])
+    monkeypatch.setattr(configs, "get", lambda name: configs.ModelConfig(name, "small", whole))
+    init_checkpoint(model, tmp_path / "without")
+    assert "small" in amskv("info", "--checkpoint", tmp_path / "without").out.splitlines()[1]
+    assert model.parts.keys() < whole.parts.keys()

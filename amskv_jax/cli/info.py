@@ -18,7 +18,12 @@ def info(checkpoint: CheckpointOption) -> None:
 
     found = check_checkpoint(checkpoint)
     model, schedule = found.model, found.model.schedule
-    known = [known.name for known in map(configs.get, configs.names()) if known.model == model]
+    known = [
+        one.name
+        for one in map(configs.get, configs.names())
+        # A checkpoint may lack the text encoder.
+        if all(one.model.parts.get(part) == config for part, config in model.parts.items())
+    ]
     height, width = model.picture_size(schedule)
     classes = getattr(model.parts["transformer"], "num_classes", 0)
     cfg = found.drawing.cfg
