@@ -199,12 +199,20 @@ def conditions_of(
     pipe: "Pipeline",
     *,
     labels: str | None = None,
-    prompt: Sequence[str] | None = None,
+    prompt: Sequence[str] | None = (),
     negative_prompt: Sequence[str] | None = None,
     prompts: Path | None = None,
     text_features: Path | None = None,
 ) -> "Conditions | None":
     """Return what the options ask for; None if they ask nothing of a model that draws classes.
+
+    Args:
+      pipe: what draws.
+      labels: of the option.
+      prompt: of the option; empty for commands without it.
+      negative_prompt: of the option.
+      prompts: of the option.
+      text_features: of the option.
 
     Raises:
       AmskvError: if they do not fit together, or the model cannot draw it.
@@ -226,7 +234,8 @@ def conditions_of(
     if labels is not None:
         return pipe.conditions(parse_numbers(labels, "--labels"))
     if not named and pipe.model.takes == "prompts":
-        raise UsageError("the model draws prompts: give --prompts or --text-features")
+        one = "--prompt, " if prompt != () else ""
+        raise UsageError(f"nothing to draw: give {one}--prompts or --text-features")
     if not named:
         return None
 
