@@ -39,6 +39,7 @@ POLICIES = {  # options where the defaults do not fit so small a schedule
     "h2o": {"budget": 5},
     "scalekv": {"budget": 6, "window": 1},
     "heads": {"budget": 6, "protected": 1},
+    "heatkv": {"budget": 0.5, "protected": 1},
 }
 
 
@@ -71,7 +72,7 @@ class ToyTransformer:
         given = jnp.stack([condition["warm"], condition["cold"]], axis=-1)
         rows = guidance.pair(given, jnp.zeros_like(given)) @ self.params["colours"]
         start = jnp.broadcast_to(rows[:, None], (len(rows), SCHEDULE.tokens[0], WIDTH))
-        start = start + self.params["positions"][: SCHEDULE.tokens[0]]
+        start = start + self.params["positions"][None, : SCHEDULE.tokens[0]]
         return Prepared(start=start, layers=self.params["blocks"], shared=rows)
 
     def block(self, layer, shared, x, step, attention):
@@ -81,7 +82,7 @@ class ToyTransformer:
         return x + output.reshape(x.shape) + 0.1 * step * layer["step"], carry
 
     def next_input(self, features, step):
-        own = self.params["positions"][SCHEDULE.slice(step)]
+        own = self.params["positions"][None, SCHEDULE.slice(step)]
         return features @ self.params["features"] + own
 
     def logits(self, x, shared):
