@@ -79,7 +79,7 @@ class ToyTransformer:
         qkv = jnp.tanh(x + shared[:, None]) @ layer["qkv"]
         query, key, value = jnp.split(qkv.reshape(*x.shape[:2], 3 * HEADS, -1), 3, axis=2)
         output, carry = attention(query, key, value)
-        return x + output.reshape(x.shape) + 0.1 * step * layer["step"], carry
+        return x + output.reshape(x.shape) + 0.1 * step * layer["step"][None, None], carry
 
     def next_input(self, features, step):
         own = self.params["positions"][None, SCHEDULE.slice(step)]
