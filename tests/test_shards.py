@@ -432,7 +432,11 @@ def test_killed_command_ends_with_the_pictures_of_an_undisturbed_one(amskv, chec
     for kill in (4, 2):
         command = [sys.executable, "-c", KILLED_SAMPLE, str(kill), *map(str, arguments)]
         done = subprocess.run(
-            [*command, str(tmp_path / "a")], check=False, capture_output=True, env=environment
+            [*command, str(tmp_path / "a")],
+            check=False,
+            capture_output=True,
+            env=environment,
+            cwd=tmp_path,  # where no folder of sources hides the installed package
         )
         assert done.returncode == -signal.SIGKILL, done.stderr
     assert list((tmp_path / "a").glob("*.shard-*"))
