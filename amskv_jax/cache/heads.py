@@ -14,7 +14,7 @@ import numpy as np
 
 from amskv_jax.attention import QKV, Implementation, attend
 from amskv_jax.cache.static import StaticSlots
-from amskv_jax.cache.store import KVCache, Store, after, read, tokens, write
+from amskv_jax.cache.store import KVCache, Store, read
 from amskv_jax.plan.rows import HeadRow, StaticRow
 from amskv_jax.schedule import ScaleSchedule
 
@@ -106,12 +106,8 @@ class HeadSlots:
             output = attend(query, keys, values, scale, implementation)
         else:
             output = self._attend_folded(parts[0], segments, qkv, scale, implementation)
-        if self.flat.writes[step]:
-            layer = after(output, layer, cache)
-            own = jax.tree.map(_flat, self.flat.store.encode(key, value))
-            for _, start, slot, length in self.flat.writes[step]:
-                cache = write(cache, layer, slot, tokens(own, start, start + length))
-        return output, cache
+        own = jax.tree.map(_flat, self.flat.store.encode(key, value))
+        return output, self.flat.written(cache, layer, step, own, output)
 
     def _cached(self, cache: KVCache, layer: jax.Array, segments: HeadSegments) -> KVCache:
         """Return the codes of every head's tokens, leaves [rows, longest, heads, something]."""

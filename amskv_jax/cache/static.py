@@ -83,11 +83,25 @@ class StaticSlots:
         parts = [read(cache, layer, *span) for span in _spans(self.held[step])]
         keys, values = self.store.with_own(parts, key, value)
         output = attend(query, keys, values, scale, implementation)
+        return output, self.written(cache, layer, step, self.store.encode(key, value), output)
+
+    def written(
+        self, cache: KVCache, layer: jax.Array, step: int, own: KVCache, output: jax.Array
+    ) -> KVCache:
+        """Return the buffers with what later steps need of a step's own codes.
+
+        Args:
+          cache: the buffers.
+          layer: which of their layers this is.
+          step: the step, static.
+          own: codes of its tokens.
+          output: of its attention, after which the buffers may be written.
+        """
         if self.writes[step]:
-            layer, own = after(output, layer, cache), self.store.encode(key, value)
-            for _, start, slot, length in self.writes[step]:
-                cache = write(cache, layer, slot, tokens(own, start, start + length))
-        return output, cache
+            layer = after(output, layer, cache)
+        for _, start, slot, length in self.writes[step]:
+            cache = write(cache, layer, slot, tokens(own, start, start + length))
+        return cache
 
     def keys(
         self, cache: KVCache, layer: jax.Array, step: int, scale: int, dtype: DTypeLike

@@ -7,7 +7,6 @@ from pathlib import Path
 import jax
 
 from amskv_jax.calibrate import calibrate
-from amskv_jax.checkpoints.info import GUIDANCE
 from amskv_jax.evaluation.measures import Judge
 from amskv_jax.evaluation.metrics import check_picture_count
 from amskv_jax.evaluation.results import Record, Results
@@ -37,7 +36,7 @@ class Comparison:
     """
 
     num: int = 10_000
-    cfg: PerScale = GUIDANCE
+    cfg: PerScale = Drawing.cfg
     top_k: int = Drawing.top_k
     top_p: float = Drawing.top_p
     dtype: str = "bfloat16"
