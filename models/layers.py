@@ -38,6 +38,20 @@ def normalize_heads(x: jax.Array) -> jax.Array:
     return x / jnp.maximum(norm, 1e-12)
 
 
+class RMSNorm(nn.Module):
+    """Scaling to a mean square of one, with a gain per channel, in float32; no mean, no bias."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map [..., D] to [..., D] float32."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        x = x.astype(jnp.float32)
+        root = lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon)
+        return x * root * per_channel(scale.astype(jnp.float32), x)
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention around an injected attention function.
 

@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax import lax
 
-from amskv_jax.models.layers import per_channel
+from amskv_jax.models.layers import RMSNorm
 from amskv_jax.models.parts import Built, module_of
 from amskv_jax.precision import precision_of
 
@@ -88,20 +87,6 @@ def relative_buckets(distances: np.ndarray, num_buckets: int, max_distance: int)
     size = np.abs(distances)
     bucket = np.where(size < exact, size, exact + np.searchsorted(starts, size, side="right"))
     return (bucket + side * (np.asarray(distances) > 0)).astype(np.int32)
-
-
-class RMSNorm(nn.Module):
-    """Scaling to a mean square of one, with a gain per channel, in float32; no mean, no bias."""
-
-    epsilon: float
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map [..., D] to [..., D] float32."""
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        x = x.astype(jnp.float32)
-        root = lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon)
-        return x * root * per_channel(scale.astype(jnp.float32), x)
 
 
 class Linear(nn.Module):

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 from amskv_jax.errors import AmskvError
 from amskv_jax.models.guidance import Drawing
@@ -16,9 +16,6 @@ FORMAT = "amskv-jax checkpoint"
 VERSION = 2
 READABLE = (1, 2)
 """Versions that are read. Version 1 had one fingerprint, one tree of weights, and no drawing."""
-
-GUIDANCE = cast("float", Drawing.cfg)
-"""Strength of classifier-free guidance with which VAR's authors draw."""
 
 LARGEST_NUMBER = 4096
 """Numbers of a configuration up to this one need not be a side of a stored parameter."""

@@ -13,7 +13,7 @@ from jax import lax
 from amskv_jax.attention import attend
 from amskv_jax.mesh import shards
 from amskv_jax.models.guidance import Guidance
-from amskv_jax.models.layers import NORM_EPSILON, per_channel
+from amskv_jax.models.layers import per_channel
 from amskv_jax.precision import precision_of
 
 Array = jax.Array | np.ndarray
@@ -59,18 +59,6 @@ class TextCondition:
                 jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0))) for x in (features, others)
             )
         return guidance.pair(features, others), guidance.pair(lengths, other_lengths)
-
-
-class RMSNorm(nn.Module):
-    """Features over their root mean square, times a learned gain, in float32."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map [..., C] to [..., C] float32."""
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        x = x.astype(jnp.float32)
-        mean = jnp.square(x).mean(-1, keepdims=True)
-        return x * lax.rsqrt(mean + NORM_EPSILON) * per_channel(scale.astype(jnp.float32), x)
 
 
 class Pooling(nn.Module):

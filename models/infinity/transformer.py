@@ -16,8 +16,15 @@ from amskv_jax.mesh import shards, summed_product
 from amskv_jax.models.guidance import UNGUIDED, Guidance
 from amskv_jax.models.infinity.config import InfinityConfig
 from amskv_jax.models.infinity.rotary import rotate, turns
-from amskv_jax.models.infinity.text import KeysValues, Pooling, Projection, RMSNorm, TextCondition
-from amskv_jax.models.layers import NORM_EPSILON, FeedForward, Head, SelfAttention, layer_norm
+from amskv_jax.models.infinity.text import KeysValues, Pooling, Projection, TextCondition
+from amskv_jax.models.layers import (
+    NORM_EPSILON,
+    FeedForward,
+    Head,
+    RMSNorm,
+    SelfAttention,
+    layer_norm,
+)
 from amskv_jax.models.parts import Built, module_of
 from amskv_jax.models.protocol import Prepared
 from amskv_jax.precision import precision_of
@@ -171,7 +178,7 @@ class Infinity(nn.Module):
         dense = {"dtype": jnp.float32, "precision": lax.Precision.HIGHEST, "kernel_init": table}
         shape = (config.text_maxlen, config.text_channels)
         self.unconditional_text = self.param("unconditional_text", table, shape)
-        self.text_norm = RMSNorm()
+        self.text_norm = RMSNorm(NORM_EPSILON)
         self.text_pooling = Pooling(width, config.pooling_heads)
         self.text_projection = Projection(width, self.dtype)
         self.text_keys_values = KeysValues(config.depth, config.num_heads, self.dtype)
