@@ -82,7 +82,7 @@ def features(tmp_path):
         ((*FOX, "--negative-prompt", ""), "negative prompt 0 is empty"),
         ((*FOX, *2 * ("--negative-prompt", "sea")), "2 negative prompts for 1 prompts"),
         (("--negative-prompt", "sea"), "--negative-prompt needs --prompt or --prompts"),
-        ((), "the model draws prompts: give --prompts or --text-features"),
+        ((), "nothing to draw: give --prompt, --prompts or --text-features"),
         (("--labels", "1"), "the model draws prompts, not classes: leave out --labels"),
         ((*FOX, "--labels", "1"), "not --labels and --prompt"),
         ((*FOX, "--aspect", "5:1"), "unknown aspect ratio '5:1': expected width:height, or height"),
