@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from amskv_jax.numbers import NUMBERS, Numbers, Plain, numbers_of
 from amskv_jax.plan.retention import RetentionPlan
+from amskv_jax.plan.rows import Row
 from amskv_jax.plan.shape import CacheShape
 
 
@@ -15,7 +16,7 @@ class CacheGeometry:
       rows: batch rows: one per picture, or two with guidance, which adds an unconditional one.
       num_heads: attention heads.
       head_dim: channels per head.
-      numbers: how cached numbers are kept.
+      numbers: how cached numbers are kept, where the plan does not say it.
     """
 
     rows: int
@@ -44,6 +45,14 @@ class CacheGeometry:
         Added are those of ``scores`` float32 numbers per row, see ``rows.SelectingRow.scores``.
         """
         return self.rows * (2 * head_slots * self.numbers.bytes(self.head_dim) + 4 * scores)
+
+    def row_bytes(self, row: Row) -> int:
+        """Return the bytes of one layer which keeps ``row``, each part in its own format."""
+        total = 0
+        for numbers, part in row.parts:
+            own = self if numbers is None else replace(self, numbers=numbers_of(numbers))
+            total += own.bytes(part.head_slots(self.num_heads), part.scores(self.num_heads))
+        return total
 
     @property
     def plain(self) -> "CacheGeometry":
@@ -80,10 +89,7 @@ class MemoryReport:
         plain = geometry.plain
         everything = plain.bytes(heads * total * layers)
         return cls(
-            plan=geometry.bytes(
-                sum(row.head_slots(heads) for row in plan.rows),
-                sum(row.scores(heads) for row in plan.rows),
-            ),
+            plan=sum(map(geometry.row_bytes, plan.rows)),
             stored=plain.bytes(heads * (total - plan.schedule.tokens[-1]) * layers),
             full=everything,
             reference=plain.rows * heads * total * layers * plain.head_dim * (4 + 2),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from amskv_jax.errors import AmskvError
+from amskv_jax.plan.mixed import MixedRow
 from amskv_jax.plan.rows import HeadRow, Row, StaticRow
 from amskv_jax.plan.runtime_rows import OnlineRow, SelectingRow
 from amskv_jax.plan.shape import CacheShape
@@ -21,7 +22,9 @@ from amskv_jax.schedule import ScaleSchedule
 
 FORMAT = "amskv_jax.retention_plan"
 
-ROWS: dict[str, Any] = {row.kind: row for row in (StaticRow, SelectingRow, HeadRow, OnlineRow)}
+ROWS: dict[str, Any] = {
+    row.kind: row for row in (StaticRow, SelectingRow, HeadRow, MixedRow, OnlineRow)
+}
 """Name of every kind of row in JSON -> its class."""
 
 
@@ -117,7 +120,8 @@ class RetentionPlan:
     def to_json(self) -> str:
         """Return the plan as JSON, a line per layer; whole scales are plain ids.
 
-        Layers that select tokens at run time, or whose heads differ, are objects; see ``rows``.
+        Layers that select tokens at run time, or whose heads or formats of numbers differ, are
+        objects; see ``rows``.
         """
         head = {"format": FORMAT, "version": 1, "note": self.note, "schedule": self.schedule.grids}
         keep = [_row_to_json(row, self.schedule) for row in self.rows]

@@ -1,19 +1,33 @@
 """Rows of a retention plan: what one layer keeps at every step.
 
-Four kinds: ``StaticRow`` names the tokens, ``SelectingRow`` their number, ``HeadRow`` names them
-for every head apart, ``OnlineRow`` decides everything at run time. All are frozen and hashable, and
-what they share is ``Row``.
+Five kinds: ``StaticRow`` names the tokens, ``SelectingRow`` their number, ``HeadRow`` names them
+for every head apart, ``MixedRow`` for every format of numbers and head, ``OnlineRow`` decides
+everything at run time. All are frozen and hashable, and what they share is ``Row``.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from amskv_jax.errors import AmskvError
 from amskv_jax.schedule import ScaleSchedule
+
+RowT_co = TypeVar("RowT_co", covariant=True)
+
+
+class Part(NamedTuple, Generic[RowT_co]):
+    """What a row keeps in one format of numbers.
+
+    Attributes:
+      numbers: name of the format, see ``numbers.NUMBERS``; None for the one of the whole cache.
+      row: what is kept.
+    """
+
+    numbers: str | None
+    row: RowT_co
 
 
 class Segment(NamedTuple):
@@ -43,7 +57,7 @@ class StaticRow:
     @classmethod
     def from_positions(cls, schedule: ScaleSchedule, kept: Sequence[np.ndarray]) -> "StaticRow":
         """Build a row from one boolean array over all ``schedule.total`` positions per step."""
-        return cls(tuple(_segments(schedule, positions) for positions in kept))
+        return cls(tuple(segments_of(schedule, positions) for positions in kept))
 
     @classmethod
     def from_scales(cls, schedule: ScaleSchedule, kept: Iterable[Iterable[int]]) -> "StaticRow":
@@ -59,6 +73,11 @@ class StaticRow:
     def to_json(self, schedule: ScaleSchedule) -> Any:
         """Return what ``from_json`` reads; whole scales are plain ids."""
         return [[_plain(schedule, segment) for segment in step] for step in self.keep]
+
+    @property
+    def parts(self) -> tuple["Part[StaticRow]"]:
+        """See ``Row.parts``."""
+        return (Part(None, self),)
 
     @cached_property
     def kept_tokens(self) -> tuple[int, ...]:
@@ -96,6 +115,21 @@ class StaticRow:
 
     def check(self, schedule: ScaleSchedule, where: str) -> None:
         """Raise AmskvError where the row cannot be carried out; ``where`` names it."""
+        self.check_segments(schedule, where)
+        for step in range(1, schedule.num_scales):
+            available = self.positions(schedule, step - 1)
+            available[schedule.slice(step - 1)] = True
+            revived = self.positions(schedule, step) & ~available
+            if revived.any():
+                scale, start, stop = segments_of(schedule, revived)[0]
+                raise AmskvError(
+                    f"{where}, step {step} of the retention plan keeps tokens {start}:{stop} "
+                    f"of scale {scale}, which were dropped before: what is gone cannot come back. "
+                    "Keep them at every step in between, or drop them here too"
+                )
+
+    def check_segments(self, schedule: ScaleSchedule, where: str) -> None:
+        """Raise AmskvError where a step alone cannot be carried out; ``where`` names the row."""
         check_steps(schedule, where, self.keep)
         for step, segments in enumerate(self.keep):
             seen: dict[int, int] = {}
@@ -111,17 +145,6 @@ class StaticRow:
                 if start < seen.get(scale, 0):
                     raise AmskvError(f"{keeps} some tokens of scale {scale} twice or out of order")
                 seen[scale] = stop
-        for step in range(1, schedule.num_scales):
-            available = self.positions(schedule, step - 1)
-            available[schedule.slice(step - 1)] = True
-            revived = self.positions(schedule, step) & ~available
-            if revived.any():
-                scale, start, stop = _segments(schedule, revived)[0]
-                raise AmskvError(
-                    f"{where}, step {step} of the retention plan keeps tokens {start}:{stop} "
-                    f"of scale {scale}, which were dropped before: what is gone cannot come back. "
-                    "Keep them at every step in between, or drop them here too"
-                )
 
 
 @dataclass(frozen=True)
@@ -148,6 +171,15 @@ class HeadRow:
             "rows": [row.to_json(schedule) for row in rows],
             "heads": [rows.index(row) for row in self.heads],
         }
+
+    @property
+    def parts(self) -> tuple["Part[HeadRow]"]:
+        """See ``Row.parts``."""
+        return (Part(None, self),)
+
+    def share(self, heads: Iterable[int]) -> "HeadRow":
+        """Return what some of the heads keep."""
+        return HeadRow(tuple(self.heads[head] for head in heads))
 
     @cached_property
     def groups(self) -> dict[StaticRow, tuple[int, ...]]:
@@ -181,12 +213,22 @@ class HeadRow:
         shares: np.ndarray = np.mean([head.shares(schedule) for head in self.heads], axis=0)
         return shares
 
+    def positions(self, schedule: ScaleSchedule, step: int) -> np.ndarray:
+        """Return the tokens kept at ``step``, [heads, all positions] bool."""
+        return np.stack([head.positions(schedule, step) for head in self.heads])
+
     def check(self, schedule: ScaleSchedule, where: str) -> None:
         """Raise AmskvError where the row cannot be carried out; ``where`` names it."""
+        self.check_segments(schedule, where)
+        for row, heads in self.groups.items():
+            row.check(schedule, f"{where}, head {heads[0]}")
+
+    def check_segments(self, schedule: ScaleSchedule, where: str) -> None:
+        """Raise AmskvError where a step alone cannot be carried out; ``where`` names the row."""
         if not self.heads:
             raise AmskvError(f"{where} of the retention plan has no heads")
         for row, heads in self.groups.items():
-            row.check(schedule, f"{where}, head {heads[0]}")
+            row.check_segments(schedule, f"{where}, head {heads[0]}")
 
 
 class Row(Protocol):
@@ -197,6 +239,11 @@ class Row(Protocol):
     """
 
     kind: ClassVar[str]
+
+    @property
+    def parts(self) -> Sequence[Part["Row"]]:
+        """What is kept in which format of numbers: buffers of their own, each format once."""
+        ...
 
     @property
     def kept_tokens(self) -> Sequence[float]:
@@ -251,7 +298,7 @@ def check_steps(schedule: ScaleSchedule, where: str, steps: Sequence[Any]) -> No
         )
 
 
-def _segments(schedule: ScaleSchedule, positions: np.ndarray) -> tuple[Segment, ...]:
+def segments_of(schedule: ScaleSchedule, positions: np.ndarray) -> tuple[Segment, ...]:
     """Return the maximal runs of a boolean array over all positions, scale by scale."""
     segments = []
     for scale in range(schedule.num_scales):

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from amskv_jax.errors import AmskvError
-from amskv_jax.plan.rows import check_steps
+from amskv_jax.plan.rows import Part, check_steps
 from amskv_jax.plan.selectors import SELECTORS, Selector
 from amskv_jax.schedule import ScaleSchedule
 
@@ -40,6 +40,11 @@ class SelectingRow:
         name = next(name for name, kind in SELECTORS.items() if type(self.selector) is kind)
         options = asdict(self.selector)  # type: ignore[call-overload]
         return {"counts": list(self.counts), "selector": {"name": name, **options}}
+
+    @property
+    def parts(self) -> tuple["Part[SelectingRow]"]:
+        """See ``Row.parts``."""
+        return (Part(None, self),)
 
     @property
     def kept_tokens(self) -> tuple[int, ...]:
@@ -108,6 +113,11 @@ class OnlineRow:
     def to_json(self, schedule: ScaleSchedule) -> Any:
         """Return what ``from_json`` reads."""
         return {name: getattr(self, name) for name in ("c_min", "c_max", "condensed", "theta")}
+
+    @property
+    def parts(self) -> tuple["Part[OnlineRow]"]:
+        """See ``Row.parts``."""
+        return (Part(None, self),)
 
     @property
     def kept_tokens(self) -> tuple[int, ...]:
