@@ -26,6 +26,7 @@ from amskv_jax.models.protocol import Model
 from amskv_jax.models.var.config import VARConfig, VQVAEConfig
 from amskv_jax.models.var.model import VARModel
 from amskv_jax.numbers import NUMBERS, Numbers
+from amskv_jax.plan.mixed import MixedRow
 from amskv_jax.plan.retention import RetentionPlan
 from amskv_jax.plan.rows import HeadRow, Row, StaticRow
 from amskv_jax.plan.runtime_rows import OnlineRow, SelectingRow
@@ -205,7 +206,8 @@ def _static(row: Any, schedule: ScaleSchedule, record: LayerRecord, step: int) -
 
 
 def _heads(row: Any, schedule: ScaleSchedule, record: LayerRecord, step: int) -> np.ndarray:
-    return np.stack([_static(head, schedule, record, step) for head in row.heads])
+    kept: np.ndarray = row.positions(schedule, step)[:, : schedule.offsets[step]]
+    return kept
 
 
 def _online(row: Any, schedule: ScaleSchedule, record: LayerRecord, step: int) -> np.ndarray:
@@ -234,9 +236,34 @@ def _selected(row: Any, schedule: ScaleSchedule, record: LayerRecord, step: int)
 _MASKS: dict[type, Callable[..., np.ndarray]] = {
     StaticRow: _static,
     HeadRow: _heads,
+    MixedRow: _heads,
     OnlineRow: _online,
     SelectingRow: _selected,
 }
+
+
+def as_read(row: Row, schedule: ScaleSchedule, record: LayerRecord, step: int) -> LayerRecord:
+    """Return the record with earlier keys and values as ``step`` reads them.
+
+    Where a row names formats of numbers they have been through the token's; else they stay.
+    """
+
+    def through(numbers: str, part: np.ndarray) -> np.ndarray:
+        codes = NUMBERS[numbers].encode(jnp.asarray(part))
+        return np.asarray(NUMBERS[numbers].decode(codes, jnp.float32))
+
+    def read(parts: list[np.ndarray]) -> list[np.ndarray]:
+        found = list(parts)
+        for numbers, part in row.parts:
+            if numbers is None:
+                continue
+            mask = read_mask(part, schedule, record, step)
+            for scale in range(step):
+                kept = np.swapaxes(mask[:, :, schedule.slice(scale)], 1, 2)[..., None]
+                found[scale] = np.where(kept, through(numbers, parts[scale]), found[scale])
+        return found
+
+    return replace(record, key=read(record.key), value=read(record.value))
 
 
 def dense_attention(record: LayerRecord, step: int, mask: np.ndarray, scale: float) -> np.ndarray:
@@ -269,7 +296,7 @@ def check_obeyed(
             mask = read_mask(row, schedule, record, step)
             if at_hand is not None:
                 assert not (mask & ~at_hand).any(), "what was dropped came back"
-            expected = dense_attention(record, step, mask, scale)
+            expected = dense_attention(as_read(row, schedule, record, step), step, mask, scale)
             np.testing.assert_allclose(record.output[step], expected, atol=tolerance)
             own = np.ones((*mask.shape[:2], schedule.tokens[step]), bool)
             at_hand = np.concatenate([mask, own], axis=2)

@@ -1,5 +1,6 @@
 """Every registered policy on every kind of tiny model, in both types, with three budgets."""
 
+import json
 from dataclasses import replace
 from functools import cache
 
@@ -59,14 +60,20 @@ KEYS = picture_keys(jax.random.key(0), 2)
 
 
 def explicit(path):
-    """Policies of plan files: parts of scales, whole scales, everything."""
+    """Policies of plan files: parts of scales, whole scales, formats of numbers, everything."""
+    parts = {
+        "int8": [[[], [0], [0], [0]], [[], [], [1], [1]]],
+        "int4": [[[], [], [[1, 1, 3]], [2]], [[], [0], [0], []]],
+        "bfloat16": [[[], [], [], []], [[], [], [], [[2, 1, 7]]]],
+    }
+    mixed = [{"numbers": name, "rows": rows, "heads": [0, 1]} for name, rows in parts.items()]
     files = {
         "small": [[[], [], [[1, 1, 3]], [[1, 1, 2], [2, 5, 9]]], [[], [0], [0], [0]]],
-        "middle": [[[], [0], [0, 1], [0, [2, 1, 7]]], [[], [], [1], [1]]],
+        "middle": [[[], [0], [0, 1], [0, [2, 1, 7]]], {"kind": "mixed", "parts": mixed}],
         "everything": [[[], [0], [0, 1], [0, 1, 2]]] * 2,
     }
     for budget, keep in files.items():
-        (path / budget).write_text(f'{{"keep": {keep}}}')
+        (path / budget).write_text(json.dumps({"keep": keep}))
     return [Explicit(str(path / budget)) for budget in BUDGETS]
 
 

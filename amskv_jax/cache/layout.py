@@ -12,6 +12,7 @@ from amskv_jax.cache.split import SplitHeadSlots
 from amskv_jax.cache.static import StaticSlots
 from amskv_jax.cache.store import Slots, Store
 from amskv_jax.errors import AmskvError
+from amskv_jax.plan.mixed import MixedRow
 from amskv_jax.plan.retention import RetentionPlan
 from amskv_jax.plan.rows import HeadRow, Row, StaticRow
 from amskv_jax.plan.runtime_rows import OnlineRow, SelectingRow
@@ -21,12 +22,14 @@ SLOTS: dict[type, Callable[[Any, ScaleSchedule, Store], Slots]] = {
     StaticRow: StaticSlots.of,
     SelectingRow: SelectingSlots.of,
     HeadRow: HeadSlots.of,
+    MixedRow: HeadSlots.of,
     OnlineRow: OnlineSlots.of,
 }
 """Kind of row -> how its slots are assigned."""
 
 SPLIT_SLOTS: dict[type, Callable[[Any, ScaleSchedule, Store, int], Slots]] = {
     HeadRow: SplitHeadSlots.of,
+    MixedRow: SplitHeadSlots.of,
 }
 """Kinds of rows which are not the same for all heads -> how slots are assigned where several
 devices share the heads."""

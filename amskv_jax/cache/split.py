@@ -1,7 +1,7 @@
 """Slots of layers whose heads keep different tokens, where devices share the heads.
 
 All devices run one program, yet what their heads keep differs from device to device. So a layer's
-buffer is as large as the largest need, and each device lays out its own heads in it.
+buffers are as large as the largest need, and each device lays out its own heads in them.
 """
 
 from collections.abc import Callable
@@ -13,8 +13,10 @@ from jax import lax
 
 from amskv_jax.attention import QKV, Implementation
 from amskv_jax.cache.heads import HeadSlots
+from amskv_jax.cache.static import StaticSlots
 from amskv_jax.cache.store import KVCache, Store
 from amskv_jax.mesh import MODEL
+from amskv_jax.plan.mixed import MixedRow
 from amskv_jax.plan.rows import HeadRow
 from amskv_jax.schedule import ScaleSchedule
 
@@ -24,51 +26,52 @@ class SplitHeadSlots:
     """Slots of a layer's heads on all devices that share them.
 
     Attributes:
-      store: how numbers are kept.
       devices: the slots of every device's heads, in the order of the mesh.
     """
 
-    store: Store
     devices: tuple[HeadSlots, ...]
 
     @classmethod
     def of(
-        cls, row: HeadRow, schedule: ScaleSchedule, store: Store, shards: int
+        cls, row: HeadRow | MixedRow, schedule: ScaleSchedule, store: Store, shards: int
     ) -> "SplitHeadSlots | HeadSlots":
         """Assign slots to everything the row keeps; if all devices' heads are alike, as ever."""
-        parts = np.split(np.arange(len(row.heads)), shards)
-        rows = [HeadRow(tuple(row.heads[head] for head in part)) for part in parts]
+        heads = np.arange(len(row.parts[0].row.heads))
+        rows = [row.share(part) for part in np.split(heads, shards)]
         slots = tuple(HeadSlots.of(part, schedule, store) for part in rows)
-        return slots[0] if len(set(slots)) == 1 else cls(store, slots)
+        return slots[0] if len(set(slots)) == 1 else cls(slots)
 
     @property
-    def capacity(self) -> int:
-        """Slots of one device, over all its heads."""
-        return max(slots.flat.capacity for slots in self.devices)
+    def largest(self) -> tuple[StaticSlots, ...]:
+        """Per format of numbers, the slots of the device that needs most, over all its heads."""
+        formats = zip(*(slots.flats for slots in self.devices), strict=True)
+        return tuple(max(flats, key=lambda flat: flat.capacity) for flats in formats)
 
-    def init(self, layers: int, rows: int, num_heads: int, head_dim: int) -> KVCache:
-        """Return empty buffers of one device, leaves [layers, rows, capacity, 1, something]."""
-        return self.store.init(layers, rows, self.capacity, 1, head_dim)
+    def init(self, layers: int, rows: int, num_heads: int, head_dim: int) -> tuple[KVCache, ...]:
+        """Return empty buffers of one device, as ``HeadSlots.init``."""
+        return tuple(flat.init(layers, rows, 1, head_dim) for flat in self.largest)
 
     def attend(
         self,
-        cache: KVCache,
+        cache: tuple[KVCache, ...],
         layer: jax.Array,
         step: int,
         qkv: QKV,
         scale: float,
         implementation: Implementation,
-    ) -> tuple[jax.Array, KVCache]:
+    ) -> tuple[jax.Array, tuple[KVCache, ...]]:
         """Attend with this device's heads; see ``store.Slots``."""
 
-        def run(slots: HeadSlots) -> Callable[..., tuple[jax.Array, KVCache]]:
-            def attend(cache: KVCache, layer: jax.Array, qkv: QKV) -> tuple[jax.Array, KVCache]:
+        def run(slots: HeadSlots) -> Callable[..., tuple[jax.Array, tuple[KVCache, ...]]]:
+            def attend(
+                cache: tuple[KVCache, ...], layer: jax.Array, qkv: QKV
+            ) -> tuple[jax.Array, tuple[KVCache, ...]]:
                 return slots.attend(cache, layer, step, qkv, scale, implementation)
 
             return attend
 
         branches = [run(slots) for slots in self.devices]
-        own: tuple[jax.Array, KVCache] = lax.switch(
+        own: tuple[jax.Array, tuple[KVCache, ...]] = lax.switch(
             lax.axis_index(MODEL), branches, cache, layer, qkv
         )
         return own

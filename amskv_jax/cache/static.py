@@ -83,24 +83,30 @@ class StaticSlots:
         parts = [read(cache, layer, *span) for span in _spans(self.held[step])]
         keys, values = self.store.with_own(parts, key, value)
         output = attend(query, keys, values, scale, implementation)
-        return output, self.written(cache, layer, step, self.store.encode(key, value), output)
+        return output, self.written(cache, layer, step, KVCache(key, value), output)
 
     def written(
         self, cache: KVCache, layer: jax.Array, step: int, own: KVCache, output: jax.Array
     ) -> KVCache:
-        """Return the buffers with what later steps need of a step's own codes.
+        """Return the buffers with what later steps need of a step's own tokens; no other is coded.
 
         Args:
           cache: the buffers.
           layer: which of their layers this is.
           step: the step, static.
-          own: codes of its tokens.
+          own: its keys and values, [rows, T, heads, head_dim] each, as they are.
           output: of its attention, after which the buffers may be written.
         """
-        if self.writes[step]:
-            layer = after(output, layer, cache)
-        for _, start, slot, length in self.writes[step]:
-            cache = write(cache, layer, slot, tokens(own, start, start + length))
+        runs = self.writes[step]
+        if not runs:
+            return cache
+        layer = after(output, layer, cache)
+        parts = [tokens(own, run.start, run.start + run.length) for run in runs]
+        stored = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *parts)
+        codes, begin = self.store.encode(stored.keys, stored.values), 0
+        for slot, length in _spans(runs):
+            cache = write(cache, layer, slot, tokens(codes, begin, begin + length))
+            begin += length
         return cache
 
     def keys(
