@@ -14,24 +14,32 @@ from amskv_jax.words import byte_size, decimal, number_ranges
 
 
 def print_plan(plan: RetentionPlan) -> None:
-    """Print what every group of layers reads from the cache at every step."""
+    """Print what every group of layers reads from the cache at every step, format by format."""
     schedule = plan.schedule
+    mixed = any(numbers for row in plan.rows for numbers, _ in row.parts)
     table = Table(box=SIMPLE_HEAD)
     table.add_column("layers")
+    if mixed:
+        table.add_column("numbers")
     table.add_column("slots", justify="right")
     for step, (height, width) in enumerate(schedule.grids):
         table.add_column(f"{step}\n{height}x{width}", justify="right")
     for row, layers in layers_by_row(plan).items():
-        read = map(decimal, row.kept_tokens)
-        scales = map(_scales, row.shares(schedule).T)
-        cells = [f"{tokens}\n{names}" for tokens, names in zip(read, scales, strict=True)]
-        table.add_row(number_ranges(layers), str(row.capacity), *cells)
+        names = [number_ranges(layers), *[""] * (len(row.parts) - 1)]
+        for name, (numbers, part) in zip(names, row.parts, strict=True):
+            read = map(decimal, part.kept_tokens)
+            scales = map(_scales, part.shares(schedule).T)
+            cells = [f"{tokens}\n{names}" for tokens, names in zip(read, scales, strict=True)]
+            kept_as = [numbers or ""] if mixed else []
+            table.add_row(name, *kept_as, str(part.capacity), *cells)
     print_line(plan.note)
     print_line(
         "Tokens read from the cache at each step, and their scales "
         "(*: in part, or by some heads; ?: decided while drawing):"
     )
     make_console().print(table)
+    if mixed:
+        print_line("Numbers that are named stay so, whatever the cache's own are.")
 
 
 def print_memory(

@@ -71,6 +71,12 @@ class MixedRow:
         shares: np.ndarray = np.sum([row.shares(schedule) for _, row in self.parts], axis=0)
         return shares
 
+    def head_shares(self, schedule: ScaleSchedule, num_heads: int) -> np.ndarray:
+        """See ``Row.head_shares``; of all formats together."""
+        per_part = [row.head_shares(schedule, num_heads) for _, row in self.parts]
+        shares: np.ndarray = np.sum(per_part, axis=0)
+        return shares
+
     def positions(self, schedule: ScaleSchedule, step: int) -> np.ndarray:
         """Return the tokens kept at ``step``, [heads, all positions] bool."""
         return self.formats(schedule, step) >= 0

@@ -106,6 +106,10 @@ class StaticRow:
         shares: np.ndarray = read / np.array(schedule.tokens)[:, None]
         return shares
 
+    def head_shares(self, schedule: ScaleSchedule, num_heads: int) -> np.ndarray:
+        """See ``Row.head_shares``."""
+        return np.stack([self.shares(schedule)] * num_heads)
+
     def positions(self, schedule: ScaleSchedule, step: int) -> np.ndarray:
         """Return the tokens kept at ``step`` as a boolean array over all positions."""
         kept = np.zeros(schedule.total, bool)
@@ -210,8 +214,13 @@ class HeadRow:
 
     def shares(self, schedule: ScaleSchedule) -> np.ndarray:
         """See ``Row.shares``; mean over the heads."""
-        shares: np.ndarray = np.mean([head.shares(schedule) for head in self.heads], axis=0)
+        shares: np.ndarray = self.head_shares(schedule, len(self.heads)).mean(0)
         return shares
+
+    def head_shares(self, schedule: ScaleSchedule, num_heads: int) -> np.ndarray:
+        """See ``Row.head_shares``."""
+        check_heads(len(self.heads), num_heads)
+        return np.stack([head.shares(schedule) for head in self.heads])
 
     def positions(self, schedule: ScaleSchedule, step: int) -> np.ndarray:
         """Return the tokens kept at ``step``, [heads, all positions] bool."""
@@ -269,6 +278,10 @@ class Row(Protocol):
         Returns:
           [S, S]: entry (j, i) for scale j at step i; NaN where that is decided while drawing.
         """
+        ...
+
+    def head_shares(self, schedule: ScaleSchedule, num_heads: int) -> np.ndarray:
+        """Return ``shares`` of every head, [heads, S, S]; raises as ``head_slots``."""
         ...
 
     def check(self, schedule: ScaleSchedule, where: str) -> None:

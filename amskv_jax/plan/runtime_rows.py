@@ -69,6 +69,10 @@ class SelectingRow:
         counts = np.array(self.counts)
         return _shares(schedule, counts < schedule.offsets[:-1], counts == 0)
 
+    def head_shares(self, schedule: ScaleSchedule, num_heads: int) -> np.ndarray:
+        """See ``Row.head_shares``."""
+        return np.stack([self.shares(schedule)] * num_heads)
+
     def check(self, schedule: ScaleSchedule, where: str) -> None:
         """Raise AmskvError where the row cannot be carried out; ``where`` names it."""
         check_steps(schedule, where, self.counts)
@@ -141,6 +145,10 @@ class OnlineRow:
         """See ``Row.shares``."""
         chosen = np.array(schedule.offsets[:-1]) > self.c_min
         return _shares(schedule, chosen, np.zeros(schedule.num_scales, bool))
+
+    def head_shares(self, schedule: ScaleSchedule, num_heads: int) -> np.ndarray:
+        """See ``Row.head_shares``."""
+        return np.stack([self.shares(schedule)] * num_heads)
 
     def check(self, schedule: ScaleSchedule, where: str) -> None:
         """Raise AmskvError where the row cannot be carried out; ``where`` names it."""

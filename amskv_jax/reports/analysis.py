@@ -122,6 +122,29 @@ class Analysis:
                 yield layer, step, tokens, offsets[step]
 
 
+def plan_blocks(plan: RetentionPlan, num_heads: int) -> tuple[list[str], Iterable[Sequence[Any]]]:
+    """Return head and rows of a table of all blocks that a plan keeps, one scale in one head each.
+
+    ``share`` is the most of its tokens that any step reads, ``last_step`` the last that reads some
+    of them; both are empty where that is decided while drawing. ``numbers`` is empty for the
+    format of the whole cache.
+    """
+    head = ["layer", "head", "scale", "tokens", "numbers", "share", "last_step"]
+    return head, _blocks(plan, num_heads)
+
+
+def _blocks(plan: RetentionPlan, num_heads: int) -> Iterator[Sequence[Any]]:
+    for layer, row in enumerate(plan.rows):
+        for numbers, part in row.parts:
+            for head, shares in enumerate(part.head_shares(plan.schedule, num_heads)):
+                for scale, read in enumerate(shares):
+                    block = layer, head, scale, plan.schedule.tokens[scale], numbers or ""
+                    if np.isnan(read).any():
+                        yield *block, "", ""
+                    elif read.any():
+                        yield *block, float(read.max()), int(np.flatnonzero(read)[-1])
+
+
 def _entries(array: np.ndarray) -> Iterator[Sequence[Any]]:
     """Yield indices and value of what is not in the future: [..., target scale, source scale]."""
     for index, value in np.ndenumerate(array):

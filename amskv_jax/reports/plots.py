@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from amskv_jax.errors import AmskvError
+from amskv_jax.numbers import NUMBERS
 from amskv_jax.plan.retention import RetentionPlan, layers_by_row
 from amskv_jax.plan.rows import Row
 from amskv_jax.schedule import ScaleSchedule
@@ -20,6 +21,7 @@ MAX_COLUMNS = 3
 PANEL_INCHES = 4.0
 KEPT, DROPPED, OWN = (0.22, 0.46, 0.72), (0.93, 0.93, 0.93), (0.95, 0.70, 0.25)
 CHOSEN = (0.30, 0.62, 0.42)
+FEW_BITS, MANY_BITS = (0.98, 0.80, 0.55), (0.35, 0.08, 0.40)
 
 
 def save_plan_plot(plans: Mapping[str, RetentionPlan], path: str | os.PathLike[str]) -> None:
@@ -72,7 +74,10 @@ def plan_figure(plans: Mapping[str, RetentionPlan]) -> "Figure":
         axis.set_axis_off()
     figure.supxlabel("scale being drawn (side of its map), and tokens read from the cache")
     figure.supylabel("scale being read")
-    meanings = {"drawn by the step itself": OWN, "kept in the cache": KEPT, "dropped": DROPPED}
+    meanings = {"drawn by the step itself": OWN, "dropped": DROPPED}
+    formats = {numbers for _, _, row in panels for numbers, _ in row.parts}
+    for numbers in filter(formats.__contains__, (None, *NUMBERS)):
+        meanings[f"kept as {numbers}" if numbers else "kept in the cache"] = _color(numbers)
     if any(np.isnan(row.shares(schedule)).any() for _, schedule, row in panels):
         meanings["chosen while drawing: share of all tokens"] = CHOSEN
     figure.legend(
@@ -82,6 +87,18 @@ def plan_figure(plans: Mapping[str, RetentionPlan]) -> "Figure":
         frameon=False,
     )
     return figure
+
+
+def _color(numbers: str | None) -> np.ndarray:
+    """Return the color of what is kept in a format: the more bits, the darker; None is the cache's.
+
+    From two bits a number to 32, in equal steps from one to twice as many.
+    """
+    if numbers is None:
+        return np.array(KEPT)
+    many = np.clip(np.log2(NUMBERS[numbers].bytes(64) * 8 / 64) / 4 - 0.25, 0, 1)
+    color: np.ndarray = (1 - many) * np.array(FEW_BITS) + many * np.array(MANY_BITS)
+    return color
 
 
 def _draw_row(axis: Any, title: str, schedule: ScaleSchedule, row: Row) -> None:
@@ -94,8 +111,10 @@ def _draw_row(axis: Any, title: str, schedule: ScaleSchedule, row: Row) -> None:
     chosen = np.isnan(shares)
     even = np.array(row.kept_tokens) / np.maximum(schedule.offsets[:-1], 1)
     shares = np.where(chosen, even, shares)
-    color = np.where(chosen[..., None], CHOSEN, KEPT)
-    past = shares[..., None] * color + (1 - shares[..., None]) * DROPPED
+    past = (1 - shares[..., None]) * DROPPED
+    for numbers, part in row.parts:
+        own = np.where(chosen, even, part.shares(schedule))[..., None]
+        past += own * np.where(chosen[..., None], CHOSEN, _color(numbers))
     past[np.tril_indices(len(scales))] = 1  # the future: white
     past[scales, scales] = OWN
     axis.imshow(past, origin="lower", aspect="auto")
