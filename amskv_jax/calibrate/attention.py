@@ -80,7 +80,7 @@ class AttentionObserver:
         return Observation(similarity, cosine, gathered(density, 1), history_top)
 
 
-def calibrate(
+def measure_attention(
     pipe: Pipeline,
     conditions: Conditions,
     *,

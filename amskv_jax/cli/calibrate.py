@@ -1,6 +1,7 @@
 """``amskv calibrate``: where a model's attention goes, measured while it draws."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,6 +19,7 @@ from amskv_jax.cli.options import (
     SeedOption,
     StoredDtypeOption,
 )
+from amskv_jax.cli.real import real_pictures
 from amskv_jax.cli.wanted import (
     AspectOption,
     CfgOption,
@@ -32,6 +34,7 @@ from amskv_jax.cli.wanted import (
     open_checkpoint,
     with_weights,
 )
+from amskv_jax.errors import UsageError
 
 if TYPE_CHECKING:
     from amskv_jax.plan.stats import LayerStats
@@ -55,20 +58,61 @@ def calibrate(
     top_p: TopPOption = None,
     dtype: StoredDtypeOption = None,
     mesh: MeshOption = None,
+    real: Annotated[
+        Path | None,
+        typer.Option(
+            help="Real pictures, as `amskv train` takes them: measure on them, too, what the loss "
+            "or rounding of every block of the cache damages, for the policy optimal. They should "
+            "not be those which are scored later."
+        ),
+    ] = None,
+    real_num: Annotated[
+        int, typer.Option(min=1, help="Most real pictures, spread evenly over all there are.")
+    ] = 64,
+    real_prompts: Annotated[
+        Path | None,
+        typer.Option(help="What they show, one in a line, for text-to-image models."),
+    ] = None,
+    crop: Annotated[
+        bool, typer.Option("--crop", help="Scale and crop real pictures of another size.")
+    ] = False,
+    formats: Annotated[
+        str,
+        typer.Option(
+            help="Formats in which a block may be kept, the most exact first.",
+            metavar="bfloat16,int8,...",
+        ),
+    ] = "bfloat16,int8,int4,int3,int2",
+    savings: Annotated[
+        str,
+        typer.Option(
+            help="Savings around whose best plans damage is measured once more, as blocks act "
+            "together; none for the full cache alone.",
+            metavar="0.85,0.9,...",
+        ),
+    ] = "0.85,0.9,0.95,0.975",
     force: ForceOption = False,
     compilation_cache: CompilationCacheOption = True,
 ) -> None:
     """Measure where a model's attention goes, and how alike the keys of successive scales are.
 
-    The policies ams (arXiv 2511.16047), scalekv (arXiv 2505.19602) and heads plan from these.
+    The policies ams (arXiv 2511.16047), scalekv (arXiv 2505.19602), heads and heatkv (arXiv
+    2605.14877) plan from these; optimal from the damage that --real measures besides.
     """
     check_suffix(out, {".npz"})
     check_outputs(out, force=force)
+    rungs = read_numbers("--savings", savings)
+    if real is None and (real_prompts is not None or crop):
+        raise UsageError("--real-prompts and --crop are of --real: give it, or leave them out")
+    if real is not None and mesh is not None:
+        raise UsageError("damage is measured on one device: leave out --mesh, or --real")
 
     import jax  # noqa: PLC0415
 
-    from amskv_jax import calibrate as calibration  # noqa: PLC0415
+    from amskv_jax.calibrate.attention import measure_attention  # noqa: PLC0415
+    from amskv_jax.calibrate.damage import measure_damage  # noqa: PLC0415
     from amskv_jax.drawing import Chosen  # noqa: PLC0415
+    from amskv_jax.evaluation.score import encode  # noqa: PLC0415
 
     if compilation_cache:
         use_compilation_cache()
@@ -79,6 +123,7 @@ def calibrate(
         classes = pipe.conditions(None)
         spread = range(0, samples * len(classes), len(classes))
         conditions = Chosen(classes, tuple(number // samples for number in spread))
+    pictures = real_pictures(pipe, real, real_num, crop=crop, prompts=real_prompts) if real else None
     pipe = with_weights(pipe, checkpoint)
     device = jax.devices()[0]
     print_line(f"{pipe.dtype} on {device.device_kind} ({device.platform})")
@@ -86,7 +131,7 @@ def calibrate(
     batch = min(batch_size, samples)
     start = time.perf_counter()
     with explaining_memory(batch), progress("compiling") as update:
-        stats = calibration.calibrate(
+        stats = measure_attention(
             pipe,
             conditions,
             count=samples,
@@ -97,6 +142,24 @@ def calibrate(
         )
     print_line(f"{samples} pictures measured in {time.perf_counter() - start:.1f} s")
     _print_layers(stats)
+    if pictures is not None:
+        pixels, shown, _ = pictures
+        start = time.perf_counter()
+        with explaining_memory(batch), progress("making tokens") as update:
+            codes = encode(pipe, pixels, batch)
+            damage = measure_damage(
+                pipe,
+                codes,
+                shown,
+                batch=batch,
+                formats=tuple(formats.split(",")),
+                savings=rungs,
+                seed=seed,
+                update=update,
+            )
+        stats = replace(stats, damage=damage)
+        seconds = time.perf_counter() - start
+        print_line(f"damage measured on {len(pixels)} real pictures in {seconds:.1f} s")
     stats.save(out)
     print_line(f"wrote {out}")
 

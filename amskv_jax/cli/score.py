@@ -22,25 +22,20 @@ from amskv_jax.cli.options import (
     StoredDtypeOption,
 )
 from amskv_jax.cli.policy import PoliciesOption
+from amskv_jax.cli.real import real_pictures
 from amskv_jax.cli.wanted import (
     AspectOption,
     SizeOption,
-    conditions_of,
     open_checkpoint,
     with_weights,
 )
-from amskv_jax.errors import AmskvError
 from amskv_jax.files import replacing
 
 if TYPE_CHECKING:
-    import numpy as np
     from rich.table import Table
 
     from amskv_jax.evaluation.score import Mean, Score
-    from amskv_jax.models.protocol import Conditions
-    from amskv_jax.pipeline import Pipeline
     from amskv_jax.schedule import ScaleSchedule
-    from amskv_jax.training.data import Pictures
 
 
 def score(
@@ -97,7 +92,6 @@ def score(
     check_outputs(out, force=force)
 
     import jax  # noqa: PLC0415
-    import numpy as np  # noqa: PLC0415
 
     from amskv_jax.evaluation import score as scoring  # noqa: PLC0415
     from amskv_jax.numbers import numbers_of  # noqa: PLC0415
@@ -105,7 +99,6 @@ def score(
     from amskv_jax.policies import Full  # noqa: PLC0415
     from amskv_jax.policies.budgets import memory_report  # noqa: PLC0415
     from amskv_jax.policies.grammar import parse_policies  # noqa: PLC0415
-    from amskv_jax.training.data import load_pictures  # noqa: PLC0415
 
     requests = parse_policies(policies)
     if compilation_cache:
@@ -125,18 +118,13 @@ def score(
     full = pipe.plan(Full()), pipe.dtype
     if full not in caches.values():
         caches = {"full": full, **caches}
-    with progress("reading pictures"):
-        pictures = load_pictures(real, pipe.model.picture_size(pipe.schedule), crop)
-    count = min(num, len(pictures))
-    chosen = np.arange(count) * len(pictures) // count  # those of a class may lie together
+    texts = {"prompts": prompts, "text_features": text_features}
+    pixels, conditions, total = real_pictures(pipe, real, num, crop=crop, **texts)
+    count = len(pixels)
     device = jax.devices()[0]
     print_line(
-        f"{count} of {len(pictures)} pictures, {pipe.dtype} on {device.device_kind} "
-        f"({device.platform})"
+        f"{count} of {total} pictures, {pipe.dtype} on {device.device_kind} ({device.platform})"
     )
-
-    texts = conditions_of(pipe, prompts=prompts, text_features=text_features)
-    conditions = _conditions(pipe, pictures, chosen, texts)
     pipe = with_weights(pipe, checkpoint)
     samplers = {
         name: replace(
@@ -146,7 +134,7 @@ def score(
         for name, (plan, kept) in caches.items()
     }
     with explaining_memory(batch_size), progress("making tokens") as update:
-        codes = scoring.encode(pipe, pictures.pixels[chosen], min(batch_size, count))
+        codes = scoring.encode(pipe, pixels, min(batch_size, count))
         scores = scoring.score(
             pipe,
             samplers,
@@ -179,27 +167,6 @@ def score(
         with replacing(out) as temporary:
             temporary.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
         print_line(f"wrote {out}")
-
-
-def _conditions(
-    pipe: "Pipeline", pictures: "Pictures", chosen: "np.ndarray", texts: "Conditions | None"
-) -> "Conditions":
-    """Return what the chosen pictures show: their classes, or what the texts say.
-
-    Raises:
-      AmskvError: if there are not as many texts as pictures, or other classes than the model's.
-    """
-    from amskv_jax.drawing import Chosen  # noqa: PLC0415
-
-    if pipe.model.takes == "classes":
-        pictures.check(pipe.model.picture_size(pipe.schedule), len(pipe.conditions(None)))
-        return pipe.conditions(pictures.labels[chosen])
-    assert texts is not None, "of a model that draws prompts"
-    if len(texts) != len(pictures):
-        raise AmskvError(
-            f"there are {len(texts)} prompts for {len(pictures)} pictures: expected one for each"
-        )
-    return Chosen(texts, tuple(chosen.tolist()))
 
 
 def _print_scores(

@@ -13,6 +13,7 @@ import numpy as np
 
 from amskv_jax.errors import AmskvError, UsageError
 from amskv_jax.files import replacing
+from amskv_jax.plan.damage import BlockDamage
 from amskv_jax.plan.shape import CacheShape
 from amskv_jax.schedule import ScaleSchedule
 
@@ -42,6 +43,8 @@ class LayerStats:
       pictures: how many pictures were measured.
       fingerprint: of the weights, see ``checkpoint.fingerprint``; empty if unknown.
       settings: how the pictures were drawn, for people: guidance, seed and the like.
+      damage: what the loss of every block does to the prediction of real pictures, where that was
+        measured too.
 
     Raises:
       AmskvError: if shapes disagree, or a number is missing (NaN) besides those of scale 0.
@@ -56,6 +59,7 @@ class LayerStats:
     pictures: int = 1
     fingerprint: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
+    damage: BlockDamage | None = None
 
     def __post_init__(self) -> None:
         for name in _ARRAYS:
@@ -80,6 +84,8 @@ class LayerStats:
                     f"layer statistics: {name} of layer {missing[0][0]} holds no number "
                     "(NaN or infinity): calibrate again, in float32 if it was bfloat16"
                 )
+        if self.damage is not None:
+            self.damage.check(layers, heads, scales)
 
     @property
     def num_layers(self) -> int:
@@ -165,6 +171,8 @@ class LayerStats:
             "settings": dict(self.settings),
         }
         arrays = {name: getattr(self, name) for name in _ARRAYS}
+        if self.damage is not None:
+            arrays |= self.damage.arrays()
         with replacing(Path(path)) as temporary, temporary.open("wb") as file:
             np.savez_compressed(
                 file, format=FORMAT, version=VERSION, meta=json.dumps(meta), **arrays
@@ -207,6 +215,7 @@ class LayerStats:
                 pictures=int(meta["pictures"]),
                 fingerprint=str(meta["fingerprint"]),
                 settings=meta["settings"],
+                damage=BlockDamage.of_arrays(stored),
             )
         except (ValueError, KeyError, TypeError) as error:
             raise AmskvError(f"the layer statistics {path} are damaged: {error}") from error

@@ -9,6 +9,7 @@ from amskv_jax.policies.full import Full
 from amskv_jax.policies.h2o import H2O
 from amskv_jax.policies.heads import Heads
 from amskv_jax.policies.heatkv import HeatKV
+from amskv_jax.policies.optimal import Optimal
 from amskv_jax.policies.scalekv import ScaleKV
 from amskv_jax.policies.window import Sink, Window
 
@@ -22,6 +23,7 @@ REGISTRY: dict[str, type[Policy]] = {
     "scalekv": ScaleKV,
     "heads": Heads,
     "heatkv": HeatKV,
+    "optimal": Optimal,
     "explicit": Explicit,
 }
 """Name on the command line -> policy. What is registered here is known to every command."""
@@ -44,6 +46,7 @@ __all__ = [
     "Heads",
     "HeatKV",
     "OnlineAMSKV",
+    "Optimal",
     "Policy",
     "ScaleKV",
     "Sink",

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from amskv_jax.errors import AmskvError, UsageError
+from amskv_jax.plan.memory import CacheGeometry
 from amskv_jax.plan.retention import RetentionPlan
 from amskv_jax.plan.rows import StaticRow
 from amskv_jax.plan.shape import CacheShape
@@ -105,9 +106,9 @@ class AMSKV(Policy):
         """See ``Policy.uses_stats``."""
         return self.demanding_layers is None
 
-    def with_max_tokens(self, max_tokens: int) -> Policy:
-        """Return this policy with capacities that hold at most so many tokens; see ``fit``."""
-        return replace(self, max_tokens=max_tokens)
+    def within(self, max_bytes: int, geometry: CacheGeometry) -> Policy:
+        """Return this policy with capacities that hold as many tokens as fit; see ``fit``."""
+        return replace(self, max_tokens=geometry.tokens(max_bytes))
 
     def plan(self, shape: CacheShape, stats: LayerStats | None = None) -> RetentionPlan:
         """Return the plan; see ``Policy.plan``."""

@@ -2,6 +2,7 @@
 
 from typing import Protocol, runtime_checkable
 
+from amskv_jax.plan.memory import CacheGeometry
 from amskv_jax.plan.retention import RetentionPlan
 from amskv_jax.plan.shape import CacheShape
 from amskv_jax.plan.stats import LayerStats
@@ -44,10 +45,10 @@ class Budgeted(Protocol):
 
 @runtime_checkable
 class Fitted(Protocol):
-    """A policy which finds its options for a number of tokens by itself."""
+    """A policy which finds its options for a size of the cache by itself."""
 
-    def with_max_tokens(self, max_tokens: int) -> Policy:
-        """Return this policy, told the most tokens that all layers together may hold."""
+    def within(self, max_bytes: int, geometry: CacheGeometry) -> Policy:
+        """Return this policy, told the most bytes that the cache of a whole batch may take."""
         ...
 
 

@@ -87,7 +87,7 @@ def _solve(
     Bytes as they are allocated decide, scores included, not the tokens a policy means to keep.
     """
     if isinstance(policy, Fitted):
-        fitted = policy.with_max_tokens(geometry.tokens(max_bytes))
+        fitted = policy.within(max_bytes, geometry)
         _check_unset(policy, fitted)
         return fitted
     if not isinstance(policy, Budgeted):
