@@ -18,7 +18,7 @@ from amskv_jax.cache.layout import CacheLayout
 from amskv_jax.cache.online import DecisionObserver
 from amskv_jax.cache.split import SplitHeadSlots
 from amskv_jax.cache.store import Store
-from amskv_jax.calibrate import calibrate
+from amskv_jax.calibrate.attention import measure_attention
 from amskv_jax.checkpoints.initialize import init_checkpoint, random_params
 from amskv_jax.generate import Sampler, picture_keys
 from amskv_jax.mesh import MeshShape
@@ -268,7 +268,7 @@ def test_calibration_measures_the_same(checkpoint, mesh):
     measured = []
     for pipe in (load(checkpoint), load(checkpoint, mesh=MeshShape.parse(mesh))):
         drawing = drawing_of(pipe.model)
-        found = calibrate(pipe, pipe.conditions(None), count=5, batch=3, drawing=drawing)
+        found = measure_attention(pipe, pipe.conditions(None), count=5, batch=3, drawing=drawing)
         measured.append(found)
     for field in ("similarity", "cosine", "head_density", "history_top"):
         one, many = (getattr(stats, field) for stats in measured)

@@ -10,8 +10,8 @@ import pytest
 from made_stats import cache_shape
 from reference_weights import GOLDEN, recipe_params
 
-from amskv_jax import calibrate as calibration
-from amskv_jax.calibrate import AttentionObserver, attention_shares, calibrate
+from amskv_jax.calibrate import attention
+from amskv_jax.calibrate.attention import AttentionObserver, attention_shares, measure_attention
 from amskv_jax.checkpoints.folder import read_info
 from amskv_jax.errors import AmskvError, UsageError
 from amskv_jax.generate import picture_keys
@@ -47,7 +47,7 @@ def stats(params):
 def measure(params, count, **options):
     drawing = Drawing(cfg=2.0, top_k=8, top_p=0.9)
     pipe = Pipeline(TINY_VAR, params, SCHEDULE, "float32", drawing, fingerprint="abc")
-    return calibrate(pipe, pipe.conditions(None), count=count, seed=3, **options)
+    return measure_attention(pipe, pipe.conditions(None), count=count, seed=3, **options)
 
 
 # --- numbers -----------------------------------------------------------------------------------
@@ -60,7 +60,7 @@ def test_measures_what_the_reference_measured(golden):
     cfg = json.loads(str(golden["meta"]))["cfg"]
     drawing = Drawing(cfg=cfg, top_k=1, top_p=0.0)
     pipe = Pipeline(VARModel(config, tokenizer), weights, VAR_256, "float32", drawing)
-    stats = calibrate(pipe, pipe.conditions(golden["labels"]), count=2, batch=2)
+    stats = measure_attention(pipe, pipe.conditions(golden["labels"]), count=2, batch=2)
     np.testing.assert_allclose(stats.similarity, golden["neg_l2"], rtol=1e-5)
     np.testing.assert_allclose(stats.cosine, golden["cosine"], rtol=1e-5)
     np.testing.assert_allclose(stats.density, golden["density"], rtol=1e-5)
@@ -96,7 +96,7 @@ def dense_shares(query, keys, scale, top_counts):
 @pytest.mark.parametrize("chunk_bytes", [1, 4 * 2 * 3 * 27 * 2, 4 * 2 * 3 * 27 * 5, 2**28])
 @pytest.mark.parametrize("lengths", [(1, 6, 20), (7, 20), (13,)])
 def test_streaming_over_chunks_of_queries_changes_nothing(monkeypatch, chunk_bytes, lengths):
-    monkeypatch.setattr(calibration, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(attention, "CHUNK_BYTES", chunk_bytes)
     random = np.random.default_rng(0)
     keys = [random.normal(size=(2, length, 3, 8)).astype(np.float32) for length in lengths]
     query = random.normal(size=(2, lengths[-1], 3, 8)).astype(np.float32)
@@ -112,7 +112,7 @@ def test_only_one_chunk_of_attention_is_held(monkeypatch):
     query = keys[-1]
 
     def temporary_bytes(chunk_bytes):
-        monkeypatch.setattr(calibration, "CHUNK_BYTES", chunk_bytes)
+        monkeypatch.setattr(attention, "CHUNK_BYTES", chunk_bytes)
         run = jax.jit(lambda query, *keys: attention_shares(query, list(keys), 1.0, (1, 4)))
         return run.lower(query, *keys).compile().memory_analysis().temp_size_in_bytes
 
@@ -248,7 +248,7 @@ def test_command_writes_what_the_library_measures(amskv, checkpoint, tmp_path):
     stats = LayerStats.load(out, read_info(checkpoint).fingerprint)
     drawing = replace(pipe.drawing, top_k=8)
     conditions = pipe.conditions([7, 2, 7])
-    expected = calibrate(pipe, conditions, count=3, batch=3, seed=5, drawing=drawing)
+    expected = measure_attention(pipe, conditions, count=3, batch=3, seed=5, drawing=drawing)
     np.testing.assert_allclose(stats.head_density, expected.head_density, rtol=1e-5)
     assert stats.settings["conditions"] == ["class 7", "class 2"]
     again = amskv("calibrate", *arguments)

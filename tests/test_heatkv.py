@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_stats import cache_shape, random_stats
 
-from amskv_jax.calibrate import attention_shares
+from amskv_jax.calibrate.attention import attention_shares
 from amskv_jax.errors import AmskvError, UsageError
 from amskv_jax.plan.retention import RetentionPlan
 from amskv_jax.plan.stats import TOP_COUNTS, LayerStats

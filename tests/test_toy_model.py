@@ -13,7 +13,7 @@ from made_stats import random_stats
 
 from amskv_jax.attention import attend
 from amskv_jax.benchmark import measure
-from amskv_jax.calibrate import calibrate
+from amskv_jax.calibrate.attention import measure_attention
 from amskv_jax.decode import decode
 from amskv_jax.drawing import Chosen
 from amskv_jax.errors import AmskvError, UsageError
@@ -270,7 +270,7 @@ def test_it_runs_under_every_policy(pipe, name):
 
 
 def test_it_is_calibrated_measured_and_drawn_in_batches(pipe, monkeypatch):
-    stats = calibrate(pipe, pipe.conditions(None), count=3, batch=2)
+    stats = measure_attention(pipe, pipe.conditions(None), count=3, batch=2)
     chex.assert_shape(stats.head_density, (DEPTH, HEADS, SCHEDULE.num_scales, SCHEDULE.num_scales))
     np.testing.assert_allclose(stats.head_density.sum(-1), 1, atol=1e-5)
 

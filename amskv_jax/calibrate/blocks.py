@@ -146,12 +146,12 @@ def choice_effects(gradient: jax.Array, qkv: QKV, held: Held, scale: float) -> j
     output = (own[0] + kept[0].sum(0)) / (own[1] + kept[1].sum(0))
     apart = 1 - jnp.eye(len(held.ends), dtype=jnp.float32)
     above, below = (
-        one + jnp.einsum("jk,k...->j...", apart, rest, precision=_PRECISION)
+        one[None] + jnp.einsum("jk,k...->j...", apart, rest, precision=_PRECISION)
         for one, rest in zip(own, kept, strict=True)
     )
 
     def effects(above: jax.Array, below: jax.Array) -> jax.Array:
-        return jnp.einsum("btnd,jbtnd->bnj", gradient, above / below - output, precision=_PRECISION)
+        return jnp.einsum("btnd,jbtnd->bnj", gradient, above / below - output[None], precision=_PRECISION)
 
     def of_version(version: tuple[jax.Array, jax.Array]) -> jax.Array:
         more_above, more_below = sums(*version)

@@ -254,7 +254,7 @@ def effects(
         found = jax.nn.log_softmax(own)
         step_keys = jax.vmap(partial(jax.random.fold_in, data=step))(keys)
         drawn = jax.nn.one_hot(jax.vmap(jax.random.categorical)(step_keys, own), own.shape[-1])
-        gradients.append(jnp.stack([jnp.exp(full), drawn]) - jnp.exp(found))
+        gradients.append(jnp.stack([jnp.exp(full), drawn]) - jnp.exp(found)[None])
         apart = jnp.exp(full) * (full - found)
         divergence += apart.sum(tuple(range(1, apart.ndim)))
     ((linear, score),) = jax.vmap(pull_back)(gradients)

@@ -18,6 +18,7 @@ from amskv_jax.cli.options import (
     MeshOption,
     SeedOption,
     StoredDtypeOption,
+    parse_savings,
 )
 from amskv_jax.cli.real import real_pictures
 from amskv_jax.cli.wanted import (
@@ -101,7 +102,7 @@ def calibrate(
     """
     check_suffix(out, {".npz"})
     check_outputs(out, force=force)
-    rungs = read_numbers("--savings", savings)
+    rungs = parse_savings(savings, "--savings")
     if real is None and (real_prompts is not None or crop):
         raise UsageError("--real-prompts and --crop are of --real: give it, or leave them out")
     if real is not None and mesh is not None:
@@ -123,7 +124,9 @@ def calibrate(
         classes = pipe.conditions(None)
         spread = range(0, samples * len(classes), len(classes))
         conditions = Chosen(classes, tuple(number // samples for number in spread))
-    pictures = real_pictures(pipe, real, real_num, crop=crop, prompts=real_prompts) if real else None
+    pictures = (
+        real_pictures(pipe, real, real_num, crop=crop, prompts=real_prompts) if real else None
+    )
     pipe = with_weights(pipe, checkpoint)
     device = jax.devices()[0]
     print_line(f"{pipe.dtype} on {device.device_kind} ({device.platform})")

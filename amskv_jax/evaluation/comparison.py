@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from amskv_jax.calibrate import calibrate
+from amskv_jax.calibrate.attention import measure_attention
 from amskv_jax.evaluation.measures import Judge
 from amskv_jax.evaluation.metrics import check_picture_count
 from amskv_jax.evaluation.results import Record, Results
@@ -61,7 +61,7 @@ class Comparison:
             return LayerStats.load(path, model.fingerprint)
         count = self.calibration_pictures
         report(f"calibrating on {count} pictures")
-        stats = calibrate(
+        stats = measure_attention(
             model,
             model.conditions(None),
             count=count,

@@ -1,6 +1,7 @@
 """The least damaging cache of a size: blocks and bits allotted by what they were measured to be."""
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from amskv_jax.plan.stats import LayerStats
 from amskv_jax.policies.base import Policy, default_budget
 from amskv_jax.schedule import ScaleSchedule
 from amskv_jax.words import byte_size
+
 
 @dataclass(frozen=True)
 class Optimal(Policy):
@@ -75,7 +77,7 @@ class Optimal(Policy):
 def allot_rows(
     shape: CacheShape, formats: tuple[str, ...], around: DamageRound, budget: int
 ) -> tuple[tuple[MixedRow, ...], float]:
-    """Return the rows of all layers that take at most ``budget`` bytes, and the divergence expected.
+    """Return the rows of all layers for at most ``budget`` bytes, and the divergence expected.
 
     Args:
       shape: of the model's cache.
@@ -147,7 +149,7 @@ def _hull(block: tuple[int, ...], lost: float, kept: np.ndarray, sizes: np.ndarr
         corners.append((size, damage, int(index)))
     return [
         _Step(block, before[2], after[2], after[0] - before[0], before[1] - after[1])
-        for before, after in zip(corners, corners[1:], strict=False)
+        for before, after in pairwise(corners)
     ]
 
 
@@ -193,7 +195,9 @@ def block_lives(
     first = np.array(schedule.offsets[: schedule.num_scales - 1])
     steps = range(schedule.num_scales)
     parts = np.stack([row.formats(schedule, step)[:, first] for step in steps])
-    own = np.array([formats.index(numbers) if numbers in formats else 0 for numbers, _ in row.parts])
+    own = np.array(
+        [formats.index(numbers) if numbers in formats else 0 for numbers, _ in row.parts]
+    )
     part = parts.max(0)
     stop = (parts >= 0).sum(0) + np.arange(1, len(first) + 1)
     return np.where(part < 0, -1, own[part]), stop
