@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from amskv_jax.errors import UsageError
+from amskv_jax.quantize import Levels
 
 
 class Numbers(Protocol):
@@ -55,50 +56,23 @@ class Plain:
 
 
 @dataclass(frozen=True)
-class Scaled:
-    """Small numbers times one bfloat16 scale per vector, by which its largest number fits.
-
-    Attributes:
-      bits: of a whole number from -(2^(bits-1) - 1) to 2^(bits-1) - 1; some are packed in a byte.
-    """
-
-    bits: int
+class Int8:
+    """Whole numbers up to 127 times one bfloat16 scale per vector, by which its largest fits."""
 
     def bytes(self, size: int) -> int:
         """See ``Numbers``."""
-        return -(-size // self._per_byte) + 2
+        return size + 2
 
     def encode(self, vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
         """See ``Numbers``."""
-        scale = _scale(vectors, self._largest)
+        scale = _scale(vectors, 127)
         whole = jnp.rint(vectors.astype(jnp.float32) / scale.astype(jnp.float32))
-        codes = jnp.clip(whole, -self._largest, self._largest).astype(jnp.int32) + self._largest
-        missing = -codes.shape[-1] % self._per_byte
-        codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, missing)])
-        parts = codes.reshape(*codes.shape[:-1], self._per_byte, codes.shape[-1] // self._per_byte)
-        return (parts << self._shifts(parts.ndim, jnp.int32)).sum(-2).astype(jnp.uint8), scale
+        return jnp.clip(whole, -127, 127).astype(jnp.int8), scale
 
     def decode(self, codes: tuple[jax.Array, jax.Array], dtype: DTypeLike) -> jax.Array:
-        """See ``Numbers``; the vectors' size must be a multiple of the numbers in a byte."""
-        packed, scale = codes
-        packed = packed[..., None, :]
-        parts = (packed >> self._shifts(packed.ndim, jnp.uint8)) & jnp.uint8(2**self.bits - 1)
-        size = packed.shape[-1] * self._per_byte
-        whole = parts.reshape(*packed.shape[:-2], size).astype(jnp.float32) - self._largest
-        return (whole * scale.astype(jnp.float32)).astype(dtype)
-
-    def _shifts(self, ndim: int, dtype: DTypeLike) -> jax.Array:
-        """Return the place of each of a byte's numbers, [..., numbers, 1] with ``ndim`` axes."""
-        shifts = self.bits * jnp.arange(self._per_byte, dtype=dtype)
-        return shifts.reshape(*[1] * (ndim - 2), -1, 1)
-
-    @property
-    def _largest(self) -> int:
-        return 2 ** (self.bits - 1) - 1
-
-    @property
-    def _per_byte(self) -> int:
-        return 8 // self.bits
+        """See ``Numbers``."""
+        whole, scale = codes
+        return (whole.astype(jnp.float32) * scale.astype(jnp.float32)).astype(dtype)
 
 
 @dataclass(frozen=True)
@@ -133,9 +107,11 @@ NUMBERS: dict[str, Numbers] = {
     "float32": Plain("float32"),
     "bfloat16": Plain("bfloat16"),
     "float8_e4m3fn": Float8(),
-    "int8": Scaled(8),
-    "int4": Scaled(4),
-    "int2": Scaled(2),
+    "int8": Int8(),
+    "int4": Levels(4),
+    "int3": Levels(3),
+    "int2": Levels(2),
+    "int1": Levels(1),
 }
 """Name -> format."""
 

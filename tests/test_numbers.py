@@ -12,7 +12,7 @@ from amskv_jax.cache.store import Store
 from amskv_jax.checkpoints.initialize import random_params
 from amskv_jax.errors import UsageError
 from amskv_jax.generate import picture_keys
-from amskv_jax.numbers import NUMBERS, Scaled, numbers_of
+from amskv_jax.numbers import NUMBERS, numbers_of
 from amskv_jax.plan.memory import CacheGeometry, MemoryReport
 from amskv_jax.plan.runtime_rows import SelectingRow
 from amskv_jax.plan.selectors import HeavyHitters
@@ -20,7 +20,7 @@ from amskv_jax.policies import AMSKV, H2O, Full, Heads, ScaleKV
 from amskv_jax.schedule import ScaleSchedule
 from amskv_jax.testing import SCHEDULE, TINY_VAR, drive, sample
 
-BITS = {"int8": 8, "int4": 4, "int2": 2}
+BITS = {"int8": 8}
 POLICIES = [Full(), AMSKV(2, 5, 1), H2O(4), ScaleKV(4, window=1), Heads(4, protected=1)]
 
 
@@ -91,11 +91,12 @@ def test_tokens_that_move_are_coded_once():
     row = SelectingRow((0, 1, 4, 4), HeavyHitters(recent=1))
     schedule = ScaleSchedule.square((1, 2, 3, 4))
     row.check(schedule, "the layer")
-    record = drive(row, schedule, 0.3, numbers=Scaled(4))
+    record = drive(row, schedule, 0.3, numbers=NUMBERS["int4"])
     cache = record.cache[-1].tokens.keys
-    codes, scales = (np.asarray(leaf) for leaf in cache)
+    codes, scales = (np.asarray(leaf) for leaf in jax.tree.leaves(cache))
     keys = np.concatenate(record.key[:-1], axis=1)
-    expected, expected_scales = (np.asarray(leaf) for leaf in Scaled(4).encode(jnp.asarray(keys)))
+    leaves = jax.tree.leaves(NUMBERS["int4"].encode(jnp.asarray(keys)))
+    expected, expected_scales = (np.asarray(leaf) for leaf in leaves)
     for row_number in range(codes.shape[0]):
         for head in range(codes.shape[2]):
             for slot in range(4):
