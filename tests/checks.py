@@ -1,7 +1,10 @@
 """Small steps which tests of files and conversion share."""
 
+import io
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from amskv_jax.errors import AmskvError
 
@@ -24,3 +27,20 @@ def assert_same_state(found, expected):
 def to_torch(torch, state):
     """Return a state dict of tensors."""
     return {key: torch.from_numpy(np.array(value)) for key, value in state.items()}
+
+
+def pack_pictures(path, pixels, classes, labels):
+    """Write pictures as `amskv score --real` takes them."""
+    encoded = []
+    for picture in pixels:
+        file = io.BytesIO()
+        Image.fromarray(picture).save(file, "png")
+        encoded.append(np.frombuffer(file.getvalue(), np.uint8))
+    np.savez(
+        path,
+        jpeg=np.concatenate(encoded),
+        offsets=np.cumsum([0, *map(len, encoded)]),
+        labels=labels[: len(pixels)],
+        classes=list(classes),
+    )
+    return path

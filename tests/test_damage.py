@@ -1,5 +1,7 @@
 """What every block of the cache is worth, and the plan that is made of it."""
 
+import json
+from functools import partial
 from itertools import product
 
 import chex
@@ -7,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import message
+from checks import message, pack_pictures
 
 import amskv_jax
 from amskv_jax.attention import attend
@@ -19,7 +21,6 @@ from amskv_jax.calibrate.damage import (
     measure_damage,
     predictions,
 )
-from amskv_jax.errors import AmskvError, UsageError
 from amskv_jax.evaluation.score import encode, score
 from amskv_jax.generate import picture_keys
 from amskv_jax.numbers import numbers_of
@@ -32,7 +33,6 @@ from amskv_jax.policies import Optimal
 from amskv_jax.policies.budgets import with_saving
 from amskv_jax.policies.optimal import allot, block_lives
 from amskv_jax.schedule import ScaleSchedule
-from amskv_jax.testing import SCHEDULE
 
 FORMATS = ("float32", "int8", "int4")
 NUMBERS = tuple(map(numbers_of, FORMATS))
@@ -122,7 +122,7 @@ def damage(pipe, codes):
         pipe.conditions(LABELS),
         batch=3,
         formats=FORMATS,
-        savings=(0.8,),
+        savings=(0.95,),
         update=lambda what, share: seen.append((what, share)),
     )
     assert [share for _, share in seen] == sorted(share for _, share in seen)
@@ -144,7 +144,9 @@ def stats_of(pipe, damage):
 
 
 def test_the_cache_of_a_plan_does_what_its_choices_predict(pipe, codes, damage):
-    plan = pipe.plan(with_saving(Optimal(), 0.9, pipe.shape, stats := stats_of(pipe, damage)), stats)
+    plan = pipe.plan(
+        with_saving(Optimal(), 0.9, pipe.shape, stats := stats_of(pipe, damage)), stats
+    )
     kept = {part.numbers for row in plan.rows for part in row.parts}
     assert len(kept) > 1, "formats are mixed"
     sampled = score(pipe, {"optimal": plan}, codes, pipe.conditions(LABELS), batch=4)["optimal"]
@@ -260,27 +262,52 @@ def test_statistics_keep_the_damage(pipe, damage, tmp_path):
     again = LayerStats.load(path).damage
     assert again.formats == damage.formats
     assert again.pictures == damage.pictures
-    chex.assert_trees_all_equal(*([r._asdict() if 0 else vars(r) for r in d.rounds] for d in (again, damage)))
+    chex.assert_trees_all_equal(*([vars(one) for one in own.rounds] for own in (again, damage)))
 
 
 def test_bad_input(pipe, codes, damage):
     conditions = pipe.conditions(LABELS)
-    with message(UsageError, "`amskv calibrate --real PICTURES` writes"):
-        Optimal().plan(pipe.shape)
-    with message(UsageError, "`amskv calibrate --real PICTURES` writes"):
-        Optimal().plan(pipe.shape, stats_of(pipe, None))
-    with message(UsageError, "must be 0 or more bytes a row, not -1"):
-        Optimal(-1)
-    with message(UsageError, "cannot measure 0 pictures"):
-        measure_damage(pipe, codes[:0], conditions, batch=1)
-    with message(UsageError, "numbers cannot be cached as 'int5'"):
-        measure_damage(pipe, codes, conditions, batch=1, formats=("int5",))
-    with message(AmskvError, "there are 4 conditions for 3 pictures"):
-        measure_damage(pipe, codes[:3], conditions, batch=1)
+    needed = "`amskv calibrate --real PICTURES` writes"
+    assert needed in message(Optimal().plan, pipe.shape)
+    assert needed in message(Optimal().plan, pipe.shape, stats_of(pipe, None))
+    assert "must be 0 or more bytes a row, not -1" in message(Optimal, -1)
+    measure = partial(measure_damage, pipe, batch=1)
+    assert "cannot measure 0 pictures" in message(measure, codes[:0], conditions)
+    found = message(measure, codes, conditions, formats=("int5",))
+    assert "numbers cannot be cached as 'int5'" in found
+    found = message(measure, codes[:3], conditions)
+    assert "there are 4 conditions for 3 pictures" in found
     wrong = DamageRound(np.zeros((3, 2, 2, 3, 9)), 1, 0.0)
-    with message(AmskvError, "(3, 2, 2, 3, 9), not (3, 2, 2, 3, 4)"):
-        stats_of(pipe, BlockDamage(FORMATS, (wrong,), 1))
+    found = message(stats_of, pipe, BlockDamage(FORMATS, (wrong,), 1))
+    assert "(3, 2, 2, 3, 9), not (3, 2, 2, 3, 4)" in found
     other = CacheShape(ScaleSchedule.square((1, 2)), 3, 2, 64)
-    with message(AmskvError, "calibrate this model"):
-        Optimal().plan(other, stats_of(pipe, damage))
-    assert SCHEDULE == pipe.schedule
+    assert "calibrate this model" in message(Optimal().plan, other, stats_of(pipe, damage))
+
+
+def test_the_command(amskv, checkpoint, tmp_path):
+    real, stats, out = (tmp_path / name for name in ("real.npz", "stats.npz", "score.json"))
+    pack_pictures(real, PIXELS, "abcdefghij", LABELS)
+    given = "--checkpoint", checkpoint, "--real", real
+    options = "--real-num", 2, "--samples", 2, "--formats", "bfloat16,int4", "--savings", "none"
+    done = amskv("calibrate", *given, "--out", stats, *options)
+    assert done.code == 0, done
+    assert "damage measured on 2 real pictures in" in done.out
+    assert LayerStats.load(stats).damage.formats == ("bfloat16", "int4")
+    policy = "optimal:saving=0.9"
+    done = amskv("score", *given, "--stats", stats, "--policies", policy, "--out", out)
+    assert done.code == 0, done
+    found = json.loads(out.read_text())["policies"][policy]
+    assert found["saving"] >= 0.9
+    assert found["divergence"]["mean"] > 0
+    for wrong, expected in (
+        (("--savings", "1.5"), "--savings '1.5': expected shares from 0 to below 1, or none"),
+        (("--mesh", "data=2"), "damage is measured on one device: leave out --mesh, or --real"),
+        (("--formats", "int5"), "numbers cannot be cached as 'int5'"),
+    ):
+        done = amskv("calibrate", *given, "--out", tmp_path / "x.npz", "--samples", 1, *wrong)
+        assert done.code == 2, done
+        assert expected in done.err
+        assert not (tmp_path / "x.npz").exists()
+    done = amskv("score", *given, "--policies", policy)
+    assert done.code == 2, done
+    assert "write" in done.err

@@ -1,6 +1,5 @@
 """The score of a cache: how well real pictures are predicted with it."""
 
-import io
 import json
 from dataclasses import replace
 
@@ -8,8 +7,7 @@ import chex
 import jax
 import numpy as np
 import pytest
-from checks import message
-from PIL import Image
+from checks import message, pack_pictures
 
 import amskv_jax
 from amskv_jax.checkpoints.initialize import init_checkpoint
@@ -233,20 +231,7 @@ def test_what_cannot_be_scored_is_refused(pipe, plans, codes):
 
 
 def packed(path, pixels=PIXELS, classes="abcdefghij", labels=LABELS):
-    """Write pictures as `amskv score --real` takes them."""
-    encoded = []
-    for picture in pixels:
-        file = io.BytesIO()
-        Image.fromarray(picture).save(file, "png")
-        encoded.append(np.frombuffer(file.getvalue(), np.uint8))
-    np.savez(
-        path,
-        jpeg=np.concatenate(encoded),
-        offsets=np.cumsum([0, *map(len, encoded)]),
-        labels=labels[: len(pixels)],
-        classes=list(classes),
-    )
-    return path
+    return pack_pictures(path, pixels, classes, labels)
 
 
 def test_command(amskv, checkpoint, scores, tmp_path):

@@ -151,7 +151,9 @@ def choice_effects(gradient: jax.Array, qkv: QKV, held: Held, scale: float) -> j
     )
 
     def effects(above: jax.Array, below: jax.Array) -> jax.Array:
-        return jnp.einsum("btnd,jbtnd->bnj", gradient, above / below - output[None], precision=_PRECISION)
+        return jnp.einsum(
+            "btnd,jbtnd->bnj", gradient, above / below - output[None], precision=_PRECISION
+        )
 
     def of_version(version: tuple[jax.Array, jax.Array]) -> jax.Array:
         more_above, more_below = sums(*version)

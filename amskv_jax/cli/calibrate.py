@@ -103,6 +103,7 @@ def calibrate(
     check_suffix(out, {".npz"})
     check_outputs(out, force=force)
     rungs = parse_savings(savings, "--savings")
+    offered = tuple(formats.split(","))
     if real is None and (real_prompts is not None or crop):
         raise UsageError("--real-prompts and --crop are of --real: give it, or leave them out")
     if real is not None and mesh is not None:
@@ -114,7 +115,10 @@ def calibrate(
     from amskv_jax.calibrate.damage import measure_damage  # noqa: PLC0415
     from amskv_jax.drawing import Chosen  # noqa: PLC0415
     from amskv_jax.evaluation.score import encode  # noqa: PLC0415
+    from amskv_jax.numbers import numbers_of  # noqa: PLC0415
 
+    for name in offered:
+        numbers_of(name)
     if compilation_cache:
         use_compilation_cache()
     drawing = {"cfg": cfg, "tau": tau, "top_k": top_k, "top_p": top_p}
@@ -155,7 +159,7 @@ def calibrate(
                 codes,
                 shown,
                 batch=batch,
-                formats=tuple(formats.split(",")),
+                formats=offered,
                 savings=rungs,
                 seed=seed,
                 update=update,

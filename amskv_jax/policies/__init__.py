@@ -2,6 +2,7 @@
 
 from amskv_jax.errors import UsageError
 from amskv_jax.policies.ams import AMSKV
+from amskv_jax.policies.ams_fitted import FittedAMSKV
 from amskv_jax.policies.ams_online import OnlineAMSKV
 from amskv_jax.policies.base import Policy
 from amskv_jax.policies.explicit import Explicit
@@ -16,6 +17,7 @@ from amskv_jax.policies.window import Sink, Window
 REGISTRY: dict[str, type[Policy]] = {
     "full": Full,
     "ams": AMSKV,
+    "ams-fitted": FittedAMSKV,
     "ams-online": OnlineAMSKV,
     "window": Window,
     "sink": Sink,
@@ -42,6 +44,7 @@ __all__ = [
     "H2O",
     "REGISTRY",
     "Explicit",
+    "FittedAMSKV",
     "Full",
     "Heads",
     "HeatKV",
