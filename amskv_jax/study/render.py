@@ -12,6 +12,7 @@ from amskv_jax.plan.stats import LayerStats
 from amskv_jax.study.arms import FULL
 from amskv_jax.study.cells import IMPORTANCE, study_arms
 from amskv_jax.study.render_pictures import save_pareto_plot, save_sheet
+from amskv_jax.study.scores import score_report
 from amskv_jax.study.sections import SECTIONS
 from amskv_jax.study.summary import ALLOWED_LOSS, ArmResult, StudyResults
 from amskv_jax.study.tables import figures_table
@@ -40,6 +41,8 @@ def render_study(directory: Path | str, report: Path | str) -> None:
     parts = [
         "# What every policy costs in quality",
         "Written by `amskv study report`; do not edit.",
+        *score_report(directory, results.settings["model"]),
+        "## What drawing shows",
         *_conditions(results),
         *_summary(results),
         f"![Frechet distance against the cache's bytes]({pictures.name}/pareto.png)",

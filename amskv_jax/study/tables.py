@@ -25,7 +25,7 @@ def figures_table(results: StudyResults, arms: Iterable[ArmResult]) -> str:
             ]
         )
     header = ["policy", "cache", "saved", "Frechet", "to full", *titles, "seeds"]
-    return _table(header, "---", rows)
+    return markdown_table(header, "---", rows)
 
 
 def grid_table(results: StudyResults, arms: Iterable[ArmResult]) -> str:
@@ -36,10 +36,10 @@ def grid_table(results: StudyResults, arms: Iterable[ArmResult]) -> str:
     }
     rows, columns = (sorted(set(numbers)) for numbers in zip(*cells, strict=True))
     body = [[str(low), *(cells.get((low, high), "") for high in columns)] for low in rows]
-    return _table(["C_min \\ C_max", *map(str, columns)], "---:", body)
+    return markdown_table(["C_min \\ C_max", *map(str, columns)], "---:", body)
 
 
-def _table(header: Sequence[str], first: str, rows: Iterable[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], first: str, rows: Iterable[Sequence[str]]) -> str:
     """Return a table whose columns are set to the right, but the first as given."""
     rule = f"|{first}|" + "---:|" * (len(header) - 1)
     head, *body = (f"| {' | '.join(row)} |" for row in (header, *rows))
