@@ -32,6 +32,8 @@ from amskv_jax.models.var.config import VARConfig
 from amskv_jax.models.var.model import VARModel
 from amskv_jax.numbers import NUMBERS
 from amskv_jax.pipeline import load
+from amskv_jax.plan.mixed import mixed_row
+from amskv_jax.plan.retention import RetentionPlan
 from amskv_jax.plan.rows import HeadRow
 from amskv_jax.policies import AMSKV, H2O, Full, Heads, OnlineAMSKV, ScaleKV, Window
 from amskv_jax.sampling import TokenSampling
@@ -169,6 +171,23 @@ def heads_of(slots, plan):
         if parts == slots:
             return np.array(row.heads, object)
     raise AssertionError
+
+
+@pytest.mark.parametrize("mesh", MESHES[1:])
+def test_formats_that_differ_from_device_to_device(mesh):
+    """Buffers of every format are as large as the largest need of a device."""
+    formats = [["int8", "int4"], ["int4", "int4"], [None, "int8"], ["int4", None]]
+    row, schedule = mixed_row(SCHEDULES["var"], formats), SCHEDULES["var"]
+    plan = RetentionPlan(schedule, (row, mixed_row(schedule, formats[:1] * 4), row))
+    layout = CacheLayout.of(plan, Store(NUMBERS["float32"]), MeshShape.parse(mesh).model)
+    assert [type(slots) is SplitHeadSlots for slots in layout.groups] == [True, False]
+    options = {"guidance": MODELS["var"].guidance(drawing_of(MODELS["var"]))}
+    one = Sampler(MODELS["var"], plan, sampling=TokenSampling(top_k=1), **options)
+    many = replace(one, mesh=MeshShape.parse(mesh))
+    expected = one(params_of("var"), *arguments("var"))
+    found = many(placed("var", mesh), *arguments("var"))
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    np.testing.assert_allclose(found.latent, expected.latent, atol=2e-5)
 
 
 @pytest.mark.parametrize("numbers", ["int8", "int4", "float8_e4m3fn"])

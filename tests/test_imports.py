@@ -17,7 +17,7 @@ FOLDERS = {
     "amskv_jax": ROOT / "amskv_jax",
 }
 FLOORS = [
-    ["errors", "words", "precision", "schedule"],
+    ["errors", "words", "precision", "schedule", "quantize"],
     ["files", "resize", "numbers"],
     ["shard_files"],
     ["attention", "similarity", "sampling", "mesh"],

@@ -153,7 +153,8 @@ class HeadSlots:
             store, held = parts[0]
             return store.decode(jax.tree.map(lambda leaf: _gather(leaf, index), held), dtype)
         keys, values = zip(*(store.decode(held, dtype) for store, held in parts), strict=True)
-        return tuple(_gather(jnp.concatenate(x, axis=1), index) for x in (keys, values))
+        key, value = (_gather(jnp.concatenate(x, axis=1), index) for x in (keys, values))
+        return key, value
 
 
 def _attend_folded(

@@ -74,7 +74,7 @@ def plan_figure(plans: Mapping[str, RetentionPlan]) -> "Figure":
         axis.set_axis_off()
     figure.supxlabel("scale being drawn (side of its map), and tokens read from the cache")
     figure.supylabel("scale being read")
-    meanings = {"drawn by the step itself": OWN, "dropped": DROPPED}
+    meanings: dict[str, Any] = {"drawn by the step itself": OWN, "dropped": DROPPED}
     formats = {numbers for _, _, row in panels for numbers, _ in row.parts}
     for numbers in filter(formats.__contains__, (None, *NUMBERS)):
         meanings[f"kept as {numbers}" if numbers else "kept in the cache"] = _color(numbers)
