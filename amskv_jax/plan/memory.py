@@ -73,7 +73,8 @@ class MemoryReport:
     Attributes:
       plan: the buffers this package allocates for the plan.
       stored: that without the last scale, which no later step reads.
-      full: all scales, keys and values in the cache's dtype, or bfloat16 where it holds codes.
+      full: all scales, keys and values in the cache's dtype, or bfloat16 where it or the plan's
+        own formats hold codes.
       reference: the reference implementation's cache: all scales, float32 keys, half values.
     """
 
@@ -87,6 +88,8 @@ class MemoryReport:
         """Return the report of ``plan`` for a batch and model of ``geometry``."""
         heads, layers, total = geometry.num_heads, plan.num_layers, plan.schedule.total
         plain = geometry.plain
+        if any(part.numbers is not None for row in set(plan.rows) for part in row.parts):
+            plain = replace(plain, numbers=NUMBERS["bfloat16"])
         everything = plain.bytes(heads * total * layers)
         return cls(
             plan=sum(map(geometry.row_bytes, plan.rows)),

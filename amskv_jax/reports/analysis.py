@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from amskv_jax.errors import AmskvError, UsageError
+from amskv_jax.plan.damage import BlockDamage
 from amskv_jax.plan.retention import RetentionPlan
 from amskv_jax.plan.stats import LayerStats
 from amskv_jax.policies.ams import AMSKV, Classes
@@ -71,7 +72,7 @@ class Analysis:
 
     def tables(self) -> dict[str, tuple[list[str], Iterable[Sequence[Any]]]]:
         """Return all numbers behind the figures: name -> head and rows of a table."""
-        return {
+        tables: dict[str, tuple[list[str], Iterable[Sequence[Any]]]] = {
             "density": (
                 ["layer", "target_scale", "source_scale", "probability"],
                 _entries(self.stats.density),
@@ -93,6 +94,18 @@ class Analysis:
                 self._kept_tokens(),
             ),
         }
+        if self.stats.damage is not None:
+            head = ["layer", "head", "scale", "numbers", "nats_per_token"]
+            tables["damage"] = head, self._damage(self.stats.damage)
+        return tables
+
+    def _damage(self, damage: BlockDamage) -> Iterator[Sequence[Any]]:
+        """Yield what the loss of every block, and its rounding, does to the full cache."""
+        for layer, head, scale in np.ndindex(damage.rounds[0].damage.shape[:3]):
+            block = damage.rounds[0].damage[layer, head, scale]
+            yield layer, head, scale, "", float(block[0, scale + 1])
+            for name, kept in zip(damage.formats, block[:, -1], strict=True):
+                yield layer, head, scale, name, float(kept)
 
     def _similarities(self) -> Iterator[Sequence[Any]]:
         """Yield rows; the last scale is read by nobody, so that it needs no room."""
