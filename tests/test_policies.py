@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from made_stats import random_damage
 
 from amskv_jax.cache.layout import CacheLayout
 from amskv_jax.cache.store import Store
@@ -25,10 +26,12 @@ from amskv_jax.policies import (
     H2O,
     REGISTRY,
     Explicit,
+    FittedAMSKV,
     Full,
     Heads,
     HeatKV,
     OnlineAMSKV,
+    Optimal,
     ScaleKV,
     Sink,
     Window,
@@ -82,6 +85,8 @@ ONLINE = {"condensed": 1, "theta": -1.4}
 CASES = {
     "full": [Full()] * 3,
     "ams": [AMSKV(1, 5, 1), AMSKV(5, 10, 1, demanding_layers=(1,)), AMSKV(EVERYTHING, EVERYTHING)],
+    "ams-fitted": [FittedAMSKV(6), FittedAMSKV(20), FittedAMSKV(10 * EVERYTHING)],
+    "optimal": [Optimal(900), Optimal(3000), Optimal(10**6)],
     "ams-online": [OnlineAMSKV(*both, **ONLINE) for both in ((1, 5), (5, 10), (EVERYTHING,) * 2)],
     "sink": [Sink(1, 2), Sink(3, 6), Sink(5, 16)],
     "heads": [Heads(4, protected=1), Heads(9, protected=1), Heads(EVERYTHING)],
@@ -110,7 +115,9 @@ def stats(model):
     density /= density.sum(-1, keepdims=True)
     history = np.sort(random.random((2, 4, 5)), axis=-1)
     numbers = -random.random((2, 4))
-    return LayerStats(MODELS[model].schedule, numbers, numbers, density, history)
+    schedule = MODELS[model].schedule
+    damage = random_damage(0, schedule, 2, 2)
+    return LayerStats(schedule, numbers, numbers, density, history, damage=damage)
 
 
 @cache

@@ -34,6 +34,8 @@ DIGITS, CHOICES, WIDTH, DEPTH, HEADS = 3, 5, 16, 3, 2
 POLICIES = {  # options where the defaults do not fit so small a schedule
     "ams": {"c_min": 4, "c_max": 8, "condensed": 1},
     "ams-online": {"c_min": 4, "c_max": 8, "condensed": 1, "theta": -1.0},
+    "ams-fitted": {"max_tokens": 20},
+    "optimal": {"row_bytes": 1500},
     "window": {"window": 5},
     "sink": {"sink": 1, "window": 3},
     "h2o": {"budget": 5},
