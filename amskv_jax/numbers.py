@@ -77,7 +77,10 @@ class Int8:
 
 @dataclass(frozen=True)
 class Float8:
-    """float8_e4m3fn numbers times one bfloat16 scale per vector, by which its largest fits."""
+    """float8_e4m3fn numbers times one bfloat16 scale per vector, by which its largest fits.
+
+    They are only converted, never multiplied, which every device can, with or without float8 units.
+    """
 
     def bytes(self, size: int) -> int:
         """See ``Numbers``."""

@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from amskv_jax.models.guidance import Drawing
 from amskv_jax.models.infinity.prompts import TextFeatures
 from amskv_jax.models.var.config import VARConfig, VQVAEConfig
 from amskv_jax.models.var.model import VARModel
-from amskv_jax.numbers import NUMBERS
+from amskv_jax.numbers import NUMBERS, Plain
 from amskv_jax.plan.memory import CacheGeometry, MemoryReport
 from amskv_jax.plan.stats import LayerStats
 from amskv_jax.policies import (
@@ -250,3 +250,40 @@ def test_compiled_programs_need_less_memory_by_what_is_announced(policy, many_la
     assert saved > full_announced / 2
     # Attention to fewer keys needs a little less by itself.
     assert 0.95 * saved < full_needed - needed < 1.15 * saved
+
+
+CODED = [name for name, numbers in NUMBERS.items() if not isinstance(numbers, Plain)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_format_takes_the_announced_bytes(name, policies):
+    for model, shape in SHAPES.items():
+        plan = policies[name]["middle"].plan(shape, stats(model))
+        for kept, numbers in NUMBERS.items():
+            init = partial(CacheLayout.of(plan, Store(numbers)).init, 4)
+            caches = jax.eval_shape(partial(init, shape.num_heads, shape.head_dim))
+            leaves = [leaf for leaf in jax.tree.leaves(caches) if leaf.dtype != bool]
+            allocated = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+            geometry = CacheGeometry.of(shape, 2, kept)
+            assert allocated == MemoryReport.of(plan, geometry).plan, (model, kept)
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=list(CASES))
+def test_every_policy_draws_with_codes(number, policies):
+    """Formats and models take turns; int8 is nearest to the logits without codes."""
+    name, model = list(CASES)[number], list(MODELS)[number % len(MODELS)]
+    plan = policies[name]["middle"].plan(SHAPES[model], stats(model))
+
+    def forced(tokens, cache_dtype):
+        sampler = make_sampler(plan, model, "float32", cache_dtype=cache_dtype)
+        own = replace(controls(model), forced=tokens)
+        with jax.disable_jit():
+            return sampler(params(model, "float32"), condition(model), KEYS, own).logits
+
+    drawn = draw(plan, model, "float32")
+    exact, errors = np.asarray(drawn.logits), []
+    for kept in ("int8", CODED[number % len(CODED)]):
+        logits = np.asarray(forced(drawn.tokens, kept))
+        np.testing.assert_allclose(logits[:, 0], exact[:, 0], rtol=1e-6)
+        errors.append(np.sqrt(np.mean((logits - exact) ** 2)))
+    assert 0 < errors[0] <= errors[1] < np.std(exact)
