@@ -3,6 +3,7 @@
 import hashlib
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cache
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from amskv_jax.cli.console import Update, make_console, print_line, progress
+from amskv_jax.cli.hosts import first_alone
 from amskv_jax.cli.memory import explaining_memory
 from amskv_jax.cli.options import parse_numbers
 from amskv_jax.errors import AmskvError, UsageError
@@ -77,7 +79,7 @@ ShareOption = Annotated[
     typer.Option(
         "--share",
         help="Of processes or hosts that draw into one folder --shards, or into one each: which "
-        "this is, from 0, and how many there are. If not given: as jax.distributed says.",
+        "this is, from 0, and how many there are.",
         metavar="INDEX/COUNT",
     ),
 ]
@@ -93,6 +95,12 @@ class Bulk:
     shard: int | None
     tokens: bool
     share: tuple[int, int] | None
+    distributed: bool
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this process prints what all would: one of those that belong together does."""
+        return not (self.distributed and self.share and self.share[0])
 
 
 @dataclass(frozen=True)
@@ -121,6 +129,7 @@ def read_bulk(
     shard: int | None,
     tokens: bool,
     share: str | None,
+    distributed: bool,
     unfit: Mapping[str, Any],
 ) -> Bulk | None:
     """Return what is to be drawn in bulk; None if nothing is.
@@ -132,6 +141,7 @@ def read_bulk(
       shard: of the option.
       tokens: of the option.
       share: of the option.
+      distributed: of the option.
       unfit: values of options which have no meaning then.
 
     Raises:
@@ -141,6 +151,8 @@ def read_bulk(
         if shard is not None or tokens or share or picture_format is not PictureFormat.NPZ:
             names = "--format, --shard-size, --with-tokens and --share"
             raise UsageError(f"{names} need --num and --shards")
+        if distributed:
+            raise UsageError("--distributed needs --num and --shards")
         return None
     if shards is None or num is None:
         raise UsageError("--num and --shards belong together: give both, or neither")
@@ -151,7 +163,7 @@ def read_bulk(
     if shards.exists() and not shards.is_dir():
         raise AmskvError(f"{shards} is no folder")
     process = None if share is None else _read_share(share)
-    return Bulk(shards, num, picture_format, shard, tokens, process)
+    return Bulk(shards, num, picture_format, shard, tokens, process, distributed)
 
 
 def _read_share(text: str) -> tuple[int, int]:
@@ -207,12 +219,11 @@ def draw_bulk(
     Raises:
       AmskvError: see ``shards.draw_shards``.
     """
-    import jax  # noqa: PLC0415
     import numpy as np  # noqa: PLC0415
 
     from amskv_jax.pipeline import load  # noqa: PLC0415
     from amskv_jax.shard_files import ShardFiles  # noqa: PLC0415
-    from amskv_jax.shards import draw_shards  # noqa: PLC0415
+    from amskv_jax.shards import draw_shards, make_folder, settle  # noqa: PLC0415
 
     size = pipe.model.picture_size(pipe.schedule)
     shard = bulk.shard or min(SHARD_PICTURES, max(1, SHARD_BYTES // (3 * size[0] * size[1])))
@@ -237,23 +248,26 @@ def draw_bulk(
     )
     count = min(batch or BATCH, bulk.num)
     count = pipe.mesh.filled(count) if pipe.mesh else count
-    process = bulk.share or (jax.process_index(), jax.process_count())
+    process = bulk.share or (0, 1)
 
     @cache
     def ready() -> "tuple[Drawer, Pipeline]":
         loaded = replace(pipe, params=load(weights, pipe.dtype, mesh=pipe.mesh).params)
         drawer = loaded.drawer(sampler, conditions, count)
-        print_line(f"compiled in {drawer.compile_seconds:.1f} s")
+        if bulk.speaks:
+            print_line(f"compiled in {drawer.compile_seconds:.1f} s")
         return drawer, loaded
 
     def draw(first: int, wanted: int) -> "Iterator[Batch]":
         drawer, loaded = ready()
         return drawer.batches(loaded.params, seed, first, wanted, loaded.controls())
 
-    with explaining_memory(count), progress("looking at what is there") as update:
-        if jax.process_count() > 1:
-            ready()  # reading weights, processes wait for each other: all must come
-        shown = _Shown(update)
+    showing = progress("looking at what is there") if bulk.speaks else nullcontext(_show_nothing)
+    with explaining_memory(count), showing as update:
+        if bulk.distributed:
+            make_folder(files)
+            first_alone("settings", lambda: settle(files, settings))
+        shown = _Shown(update, process[1])
         whole = draw_shards(
             files,
             draw,
@@ -261,24 +275,31 @@ def draw_bulk(
             classes=conditions.classes,
             settings=settings,
             process=process,
-            update=shown,
+            update=shown if bulk.speaks else lambda progress: None,
             tell=print_line,
         )
-    print_line(shown.summary())
+    if bulk.speaks:
+        print_line(shown.summary())
     if whole:
         print_line(f"wrote {path}" + (" and the pictures beside it" if png else ""))
-    else:
+    elif bulk.speaks:
         print_line(
             f"share {process[0]}/{process[1]} is drawn; the last process to end writes {path}. If "
-            "the others have folders of their own, put all into one, and give this command there"
+            "the others have folders of their own, put all into one, and give this command there, "
+            "without --share"
         )
+
+
+def _show_nothing(what: str, share: float | None) -> None:
+    """Take progress where another process shows it."""
 
 
 class _Shown:
     """Shows progress: a bar where someone watches, else a line now and then."""
 
-    def __init__(self, update: Update) -> None:
+    def __init__(self, update: Update, processes: int) -> None:
         self.update = update
+        self.whose = " of this share" if processes > 1 else ""
         self.watched = make_console().is_terminal
         self.first: int | None = None
         self.printed = self.started = time.monotonic()
@@ -290,10 +311,10 @@ class _Shown:
         if self.first is None:
             self.first, self.started = now.done, time.monotonic()
             if 0 < now.done < now.total:
-                print_line(f"{now.done} of {now.total} pictures are there, going on")
+                print_line(f"{now.done} of {now.total} pictures{self.whose} are there, going on")
             self.update("compiling", None)
             return
-        text = f"{now.done} of {now.total} pictures"
+        text = f"{now.done} of {now.total} pictures{self.whose}"
         if now.rate and now.seconds_left is not None:
             text += f", {now.rate:.1f} per second, {clock(now.seconds_left)} left"
         self.update(text, now.done / now.total)

@@ -1,6 +1,7 @@
 """``amskv sample``: pictures from a checkpoint, or from the model that comes with the package."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,6 +24,7 @@ from amskv_jax.cli.bulk import (
 from amskv_jax.cli.compilation_cache import use_compilation_cache
 from amskv_jax.cli.console import print_line, progress
 from amskv_jax.cli.files import check_outputs, check_suffix, free_name
+from amskv_jax.cli.hosts import DistributedOption, join
 from amskv_jax.cli.memory import explaining_memory
 from amskv_jax.cli.options import (
     Attention,
@@ -135,6 +137,7 @@ def sample(
     shard_size: ShardSizeOption = None,
     with_tokens: ShardTokensOption = False,
     share: ShareOption = None,
+    distributed: DistributedOption = False,
     force: ForceOption = False,
     compilation_cache: CompilationCacheOption = True,
 ) -> None:
@@ -147,7 +150,9 @@ def sample(
         "--save-tokens": save_tokens,
         "--force": force,
     }
-    bulk = read_bulk(num, shards, picture_format, shard_size, with_tokens, share, unfit)
+    bulk = read_bulk(
+        num, shards, picture_format, shard_size, with_tokens, share, distributed, unfit
+    )
     out = out or free_name(Path("amskv-sample.png"))
     check_suffix(out, PICTURE_SUFFIXES)
     check_suffix(save_tokens, {".npz"})
@@ -155,6 +160,8 @@ def sample(
     if (checkpoint, policy, plan_file, compare) == (None, None, None, None):
         policy, compare = "ams", None if bulk else "full"
     request = choose_policy(policy, plan_file)
+    if bulk and bulk.distributed:
+        bulk = replace(bulk, share=join(bulk.share))
 
     import jax  # noqa: PLC0415
     import numpy as np  # noqa: PLC0415
@@ -199,7 +206,8 @@ def sample(
         statistics = LayerStats.load(stats, pipe.fingerprint) if stats else None
         geometry = pipe.geometry(min(batch_size or BATCH, bulk.num))
         plan = request.plan(pipe.shape, geometry, statistics)
-        print_plan(plan)
+        if bulk.speaks:
+            print_plan(plan)
         texts = {"prompt": prompt, "negative_prompt": negative_prompt}
         named = {"prompts": prompts, "text_features": text_features}
         draw_bulk(
