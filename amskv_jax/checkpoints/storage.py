@@ -20,6 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from amskv_jax.checkpoints.weights import Shape
 from amskv_jax.errors import AmskvError
+from amskv_jax.packed_weight import PackedWeight
 
 GROUP_BYTES = 2**28
 """A folder of weights gets no further parameter when it holds as much."""
@@ -38,7 +39,7 @@ class Storage(Protocol):
         """
         ...
 
-    def leaves(self, part: str) -> Iterator[tuple[str, np.ndarray]]:
+    def leaves(self, part: str) -> Iterator[tuple[str, np.ndarray | PackedWeight]]:
         """Yield the parameters of a part with their paths, read one after the other.
 
         Raises:

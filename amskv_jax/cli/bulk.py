@@ -4,7 +4,7 @@ import hashlib
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
@@ -16,6 +16,7 @@ from amskv_jax.cli.console import Update, make_console, print_line, progress
 from amskv_jax.cli.hosts import first_alone
 from amskv_jax.cli.memory import explaining_memory
 from amskv_jax.cli.options import parse_numbers
+from amskv_jax.cli.wanted import with_weights
 from amskv_jax.errors import AmskvError, UsageError
 from amskv_jax.models.guidance import Drawing
 
@@ -117,6 +118,7 @@ class Settings:
     scales: tuple[tuple[int, int], ...]
     drawing: Drawing
     dtype: str
+    weights: str
     cache_dtype: str
     cache: str
     plan: str
@@ -221,7 +223,6 @@ def draw_bulk(
     """
     import numpy as np  # noqa: PLC0415
 
-    from amskv_jax.pipeline import load  # noqa: PLC0415
     from amskv_jax.shard_files import ShardFiles  # noqa: PLC0415
     from amskv_jax.shards import draw_shards, make_folder, settle  # noqa: PLC0415
 
@@ -242,6 +243,7 @@ def draw_bulk(
         scales=pipe.schedule.grids,
         drawing=pipe.drawing,
         dtype=pipe.dtype,
+        weights="in 8 bits" if pipe.low_memory and weights.is_dir() else "as stored",
         cache_dtype=pipe.cache_dtype or pipe.dtype,
         cache=plan.note,
         plan=hashlib.sha256(plan.to_json().encode()).hexdigest()[:16],
@@ -252,7 +254,7 @@ def draw_bulk(
 
     @cache
     def ready() -> "tuple[Drawer, Pipeline]":
-        loaded = replace(pipe, params=load(weights, pipe.dtype, mesh=pipe.mesh).params)
+        loaded = with_weights(pipe, weights)
         drawer = loaded.drawer(sampler, conditions, count)
         if bulk.speaks:
             print_line(f"compiled in {drawer.compile_seconds:.1f} s")

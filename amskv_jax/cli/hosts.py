@@ -1,4 +1,4 @@
-"""``--distributed``: processes that ``jax.distributed`` brings together share one command's work."""
+"""``--distributed``: processes that ``jax.distributed`` brings together share a command's work."""
 
 import atexit
 import signal

@@ -127,6 +127,15 @@ def sample(
     cache_dtype: CacheDtypeOption = None,
     attention: Annotated[Attention, typer.Option(help="Attention back end.")] = Attention.AUTO,
     mesh: MeshOption = None,
+    low_memory: Annotated[
+        bool,
+        typer.Option(
+            "--low-memory",
+            help="For a device with little memory: text encoder, transformer and decoder are on it "
+            "one after the other, and the transformer's weights in 8 bits, as `amskv pack` makes "
+            "them.",
+        ),
+    ] = False,
     stats: StatsOption = None,
     save_tokens: Annotated[
         Path | None, typer.Option(help="Write tokens, labels and seed here (.npz).")
@@ -183,6 +192,7 @@ def sample(
         place,
         dtype,
         mesh,
+        low_memory,
         aspect=aspect,
         size=size,
         cache_dtype=cache_dtype,
@@ -290,7 +300,7 @@ def _draw(
 
     count = len(conditions)
     with explaining_memory(batch), progress("compiling") as update:
-        drawer = Drawer(sampler, pipe.params, conditions, controls, batch)
+        drawer = Drawer(sampler, pipe.params, conditions, controls, batch, in_turns=pipe.low_memory)
         print_line(
             f"compiled in {drawer.compile_seconds:.1f} s, "
             f"{drawer.trace_seconds:.1f} s of it tracing"

@@ -160,7 +160,11 @@ def as_wanted(
 
 
 def open_checkpoint(
-    place: Path, dtype: Dtype | None, mesh: str | None = None, **options: Any
+    place: Path,
+    dtype: Dtype | None,
+    mesh: str | None = None,
+    low_memory: bool = False,
+    **options: Any,
 ) -> "Pipeline":
     """Return a checkpoint without its weights, for what the options ask for.
 
@@ -168,13 +172,17 @@ def open_checkpoint(
       place: the checkpoint.
       dtype: of the option.
       mesh: of the option.
+      low_memory: of the option.
       **options: see ``as_wanted``.
     """
     from amskv_jax.mesh import MeshShape  # noqa: PLC0415
     from amskv_jax.pipeline import load  # noqa: PLC0415
 
     numbers = dtype.value if dtype else None
-    pipe = load(place, numbers, weights=False, mesh=MeshShape.parse(mesh))
+    shape = MeshShape.parse(mesh)
+    if low_memory and shape:
+        raise UsageError("--low-memory is for one device: leave out --mesh")
+    pipe = load(place, numbers, weights=False, mesh=shape, low_memory=low_memory)
     return as_wanted(pipe, **options)
 
 
@@ -192,7 +200,8 @@ def with_weights(pipe: "Pipeline", place: Path) -> "Pipeline":
     from amskv_jax.pipeline import load  # noqa: PLC0415
 
     with progress("loading weights"):
-        return replace(pipe, params=load(place, pipe.dtype, mesh=pipe.mesh).params)
+        loaded = load(place, pipe.dtype, mesh=pipe.mesh, low_memory=pipe.low_memory)
+        return replace(pipe, params=loaded.params)
 
 
 def conditions_of(
