@@ -203,10 +203,11 @@ class Pipeline:
         batch: int,
         drawing: Drawing | None = None,
         *,
+        forced: np.ndarray | None = None,
         decode: bool = True,
     ) -> Drawer:
         """Compile a sampler of this pipeline for batches; see ``drawing.Drawer``."""
-        controls = self.controls(drawing)
+        controls = self.controls(drawing, forced)
         return Drawer(
             sampler,
             self.params,

@@ -78,7 +78,7 @@ def test_tokens_are_those_without(places):
 
 
 def test_what_is_loaded_is_the_hosts(places):
-    folder, packed = places
+    _, packed = places
     for place in places:
         params = load_on_host(place, parts=["transformer"]).params["transformer"]
         leaves = jax.tree.leaves(params, is_leaf=is_packed)

@@ -21,6 +21,8 @@ from amskv_jax.errors import AmskvError, UsageError
 from amskv_jax.models.guidance import Drawing
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from amskv_jax.drawing import Batch, Drawer
     from amskv_jax.generate import Sampler
     from amskv_jax.models.protocol import Conditions
@@ -202,6 +204,7 @@ def draw_bulk(
     sampler: "Sampler",
     *,
     wanted: Mapping[str, Any],
+    forced: "np.ndarray | None",
     seed: int,
     batch: int | None,
 ) -> None:
@@ -215,6 +218,7 @@ def draw_bulk(
       plan: what the cache keeps.
       sampler: what draws so.
       wanted: what the conditions were made of, see ``describe_wanted``.
+      forced: codes of the first scales, of some pictures; later ones have the same, over and over.
       seed: of the random numbers.
       batch: pictures drawn at once.
 
@@ -250,19 +254,19 @@ def draw_bulk(
     )
     count = min(batch or BATCH, bulk.num)
     count = pipe.mesh.filled(count) if pipe.mesh else count
-    process = bulk.share or (0, 1)
+    controls, process = pipe.controls(forced=forced), bulk.share or (0, 1)
 
     @cache
     def ready() -> "tuple[Drawer, Pipeline]":
         loaded = with_weights(pipe, weights)
-        drawer = loaded.drawer(sampler, conditions, count)
+        drawer = loaded.drawer(sampler, conditions, count, forced=forced)
         if bulk.speaks:
             print_line(f"compiled in {drawer.compile_seconds:.1f} s")
         return drawer, loaded
 
     def draw(first: int, wanted: int) -> "Iterator[Batch]":
         drawer, loaded = ready()
-        return drawer.batches(loaded.params, seed, first, wanted, loaded.controls())
+        return drawer.batches(loaded.params, seed, first, wanted, controls)
 
     showing = progress("looking at what is there") if bulk.speaks else nullcontext(_show_nothing)
     with explaining_memory(count), showing as update:

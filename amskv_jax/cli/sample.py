@@ -155,7 +155,6 @@ def sample(
         "--compare": compare,
         "--out": out,
         "--num-per-label": num_per_label > 1,
-        "--forced-codes": forced_codes,
         "--save-tokens": save_tokens,
         "--force": force,
     }
@@ -219,15 +218,17 @@ def sample(
         if bulk.speaks:
             print_plan(plan)
         texts = {"prompt": prompt, "negative_prompt": negative_prompt}
-        named = {"prompts": prompts, "text_features": text_features}
+        named = {"prompts": prompts, "text_features": text_features, "forced_codes": forced_codes}
+        conditions = conditions or pipe.conditions(None)
         draw_bulk(
             bulk,
             pipe,
             place,
-            conditions or pipe.conditions(None),
+            conditions,
             plan,
             pipe.sampler(plan, attention=attention.value),
             wanted=describe_wanted(labels, texts, named),
+            forced=forced_codes and read_codes(forced_codes, len(conditions), bulk.num),
             seed=seed,
             batch=batch_size,
         )
