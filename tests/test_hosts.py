@@ -128,13 +128,13 @@ def test_killed_hosts_end_with_the_pictures_of_an_undisturbed_run(
         assert kills == 1
     else:
         begin = time.monotonic()
-        for process in hosts.start(tmp_path / "span", seconds=0.3):
+        for process in hosts.start(tmp_path / "span", seconds=1.0):
             process.communicate()
         span = time.monotonic() - begin
     while kills < KILLS:
         seconds = moments.uniform(0, span)
         done = kill(
-            hosts.start(folders[-1], seconds=0.3),
+            hosts.start(folders[-1], seconds=1.0),
             lambda processes, seconds=seconds: time.sleep(seconds),
         )
         kills += done

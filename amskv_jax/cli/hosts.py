@@ -37,7 +37,7 @@ def join(share: tuple[int, int] | None) -> tuple[int, int]:
     import jax  # noqa: PLC0415
 
     # It takes SIGTERM as news that some program may ask for, and so keeps it from ending any.
-    jax.config.update("jax_enable_preemption_service", False)  # type: ignore[no-untyped-call]
+    jax.config.update("jax_enable_preemption_service", False)
     index, count = share or (None, None)
     try:
         jax.distributed.initialize(

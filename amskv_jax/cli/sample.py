@@ -55,6 +55,7 @@ from amskv_jax.cli.wanted import (
     read_codes,
     with_weights,
 )
+from amskv_jax.errors import UsageError
 from amskv_jax.files import replacing
 
 if TYPE_CHECKING:
@@ -191,7 +192,6 @@ def sample(
         place,
         dtype,
         mesh,
-        low_memory,
         aspect=aspect,
         size=size,
         cache_dtype=cache_dtype,
@@ -202,6 +202,9 @@ def sample(
         top_p=top_p,
         more_smooth=more_smooth,
     )
+    if low_memory and mesh:
+        raise UsageError("--low-memory is for one device: leave out --mesh")
+    pipe = replace(pipe, low_memory=low_memory)
     with progress("reading"):
         conditions = conditions_of(
             pipe,
@@ -228,7 +231,7 @@ def sample(
             plan,
             pipe.sampler(plan, attention=attention.value),
             wanted=describe_wanted(labels, texts, named),
-            forced=forced_codes and read_codes(forced_codes, len(conditions), bulk.num),
+            forced=read_codes(forced_codes, len(conditions), bulk.num) if forced_codes else None,
             seed=seed,
             batch=batch_size,
         )

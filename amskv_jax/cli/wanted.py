@@ -160,11 +160,7 @@ def as_wanted(
 
 
 def open_checkpoint(
-    place: Path,
-    dtype: Dtype | None,
-    mesh: str | None = None,
-    low_memory: bool = False,
-    **options: Any,
+    place: Path, dtype: Dtype | None, mesh: str | None = None, **options: Any
 ) -> "Pipeline":
     """Return a checkpoint without its weights, for what the options ask for.
 
@@ -172,17 +168,13 @@ def open_checkpoint(
       place: the checkpoint.
       dtype: of the option.
       mesh: of the option.
-      low_memory: of the option.
       **options: see ``as_wanted``.
     """
     from amskv_jax.mesh import MeshShape  # noqa: PLC0415
     from amskv_jax.pipeline import load  # noqa: PLC0415
 
     numbers = dtype.value if dtype else None
-    shape = MeshShape.parse(mesh)
-    if low_memory and shape:
-        raise UsageError("--low-memory is for one device: leave out --mesh")
-    pipe = load(place, numbers, weights=False, mesh=shape, low_memory=low_memory)
+    pipe = load(place, numbers, weights=False, mesh=MeshShape.parse(mesh))
     return as_wanted(pipe, **options)
 
 
