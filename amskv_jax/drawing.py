@@ -18,6 +18,8 @@ from amskv_jax.models.protocol import Conditions
 
 IN_FLIGHT = 2
 """Batches the device works on while the host waits for the oldest."""
+PICTURES_IN_TURN = 64
+"""Pictures, or a batch of more, that are drawn before they are decoded where parts take turns."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ class Drawer:
     Attributes:
       sampler: what draws.
       batch: pictures drawn at once.
+      in_turns: transformer and decoder are on the device one after the other.
       trace_seconds: time that tracing and lowering took.
       compile_seconds: time that all of it took.
       programs: the compiled sampler and, if pictures are decoded, the compiled decoder.
@@ -100,6 +103,7 @@ class Drawer:
         batch: int,
         *,
         decode: bool = True,
+        in_turns: bool = False,
     ) -> None:
         """Compile; may be called in any thread, as compilation leaves the interpreter free.
 
@@ -110,10 +114,13 @@ class Drawer:
           controls: of the shapes that later ones have.
           batch: pictures drawn at once; on a mesh the next number that shares out over ``data``.
           decode: make pictures of the latents.
+          in_turns: put weights, which are the host's, on the device when they are used, and drop
+            them afterwards.
         """
         mesh = sampler.mesh
         batch = batch if mesh is None else mesh.filled(batch)
         self.sampler, self.conditions, self.batch = sampler, conditions, batch
+        self.in_turns = in_turns
         start = time.perf_counter()
         keys = jax.eval_shape(lambda: picture_keys(jax.random.key(0), batch))
         condition = conditions.batch(np.arange(batch))
@@ -157,16 +164,41 @@ class Drawer:
           controls: see ``Sampler``; forced codes are those of pictures 0 to N - 1, and begin
             again after them.
         """
+        starts = range(first, first + count, self.batch)
+        if self.in_turns:
+            size = max(1, PICTURES_IN_TURN // self.batch)
+            for begin in range(0, len(starts), size):
+                own_starts = starts[begin : begin + size]
+                yield from self._turn(params, seed, own_starts, first + count, controls)
+            return
         running: deque[Batch] = deque()
-        for start in range(first, first + count, self.batch):
-            numbers = np.arange(start, start + self.batch)
-            condition, own = self.conditions.batch(numbers), _of_pictures(controls, numbers)
-            keys = _keys(seed, start, self.batch)
-            wanted = min(self.batch, first + count - start)
-            running.append(Batch(start, wanted, *self.call(params, condition, keys, own)))
+        for start in starts:
+            called = self.call(params, *self._inputs(seed, start, controls))
+            running.append(Batch(start, min(self.batch, first + count - start), *called))
             if len(running) > IN_FLIGHT:
                 yield running.popleft()
         yield from running
+
+    def _inputs(self, seed: int, start: int, controls: Controls) -> tuple[Any, jax.Array, Controls]:
+        """Return condition, keys and controls of a batch."""
+        numbers = np.arange(start, start + self.batch)
+        condition, own = self.conditions.batch(numbers), _of_pictures(controls, numbers)
+        return condition, _keys(seed, start, self.batch), own
+
+    def _turn(
+        self, params: Any, seed: int, starts: range, end: int, controls: Controls
+    ) -> Iterator[Batch]:
+        """Yield the batches that begin at ``starts``: all are drawn, and then decoded."""
+        held = {**params, "transformer": jax.device_put(params["transformer"])}
+        drawn = [
+            jax.device_get(self.programs[0](held, *self._inputs(seed, start, controls)))
+            for start in starts
+        ]
+        del held
+        for start, samples in zip(starts, drawn, strict=True):
+            pixels = [decoder(_tokenizer(params), samples.latent) for decoder in self.programs[1:]]
+            jax.block_until_ready(pixels)  # or the next batch's would lie beside
+            yield Batch(start, min(self.batch, end - start), samples, pixels[0] if pixels else None)
 
     def draw(
         self, params: Any, seed: int, first: int, count: int, controls: Controls

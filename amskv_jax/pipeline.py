@@ -11,10 +11,11 @@ import numpy as np
 from amskv_jax.attention import Implementation
 from amskv_jax.cache.stack import Observer
 from amskv_jax.checkpoints.embedded import find_checkpoint
-from amskv_jax.checkpoints.folder import load_checkpoint, read_info
+from amskv_jax.checkpoints.folder import load_checkpoint, load_on_host, read_info
 from amskv_jax.checkpoints.info import CheckpointInfo
 from amskv_jax.decode import decode
 from amskv_jax.drawing import Drawer
+from amskv_jax.errors import UsageError
 from amskv_jax.generate import Sampler, Samples, picture_keys
 from amskv_jax.mesh import MeshShape
 from amskv_jax.models.guidance import Controls, Drawing
@@ -49,6 +50,7 @@ class Pipeline:
       default: what is drawn where nothing else is asked for; the model's own examples if None.
       cache_dtype: how cached numbers are kept, a name of ``numbers.NUMBERS``; None for ``dtype``.
       mesh: the devices which share the work; None for JAX's default device.
+      low_memory: the weights are the host's, and on the device part after part: see ``load``.
     """
 
     model: Model
@@ -62,6 +64,7 @@ class Pipeline:
     default: Conditions | None = None
     cache_dtype: str | None = None
     mesh: MeshShape | None = None
+    low_memory: bool = False
 
     @classmethod
     def of(
@@ -73,6 +76,7 @@ class Pipeline:
         schedule: ScaleSchedule | None = None,
         encode: Callable[[Any], Any] | None = None,
         mesh: MeshShape | None = None,
+        low_memory: bool = False,
     ) -> "Pipeline":
         """Return the pipeline of a checkpoint.
 
@@ -83,6 +87,7 @@ class Pipeline:
           schedule: what is drawn; the model's own if not given.
           encode: see the class.
           mesh: on whose devices the weights are.
+          low_memory: see the class.
 
         Raises:
           AmskvError: if the model cannot draw the schedule.
@@ -99,6 +104,7 @@ class Pipeline:
             classes=info.classes,
             encode=encode,
             mesh=mesh,
+            low_memory=low_memory,
         )
 
     @property
@@ -197,11 +203,20 @@ class Pipeline:
         batch: int,
         drawing: Drawing | None = None,
         *,
+        forced: np.ndarray | None = None,
         decode: bool = True,
     ) -> Drawer:
         """Compile a sampler of this pipeline for batches; see ``drawing.Drawer``."""
-        controls = self.controls(drawing)
-        return Drawer(sampler, self.params, conditions, controls, batch, decode=decode)
+        controls = self.controls(drawing, forced)
+        return Drawer(
+            sampler,
+            self.params,
+            conditions,
+            controls,
+            batch,
+            decode=decode,
+            in_turns=self.low_memory,
+        )
 
     def sample(
         self,
@@ -264,6 +279,8 @@ class Pipeline:
             forced = np.asarray(forced)[np.arange(batch) % count]
         controls = self.controls(chosen, forced)
         samples: Samples = sampler(self.params, condition, keys, controls)
+        if self.low_memory:  # the transformer's weights go before the decoder's come
+            jax.block_until_ready(samples)
         tokenizer = {"tokenizer": self.params["tokenizer"]}
         how = self.model, self.schedule, self.dtype
         pictures = decode(*how, tokenizer, samples.latent, self.mesh)
@@ -277,6 +294,7 @@ def load(
     *,
     weights: bool = True,
     mesh: MeshShape | None = None,
+    low_memory: bool = False,
 ) -> Pipeline:
     """Load a checkpoint onto the default device, or the devices of a mesh.
 
@@ -288,16 +306,26 @@ def load(
       weights: load them too; plans and conditions need none. The text encoder's never are: it is
         loaded when there are prompts to encode, and dropped again.
       mesh: devices which share the work; each gets no more of the weights than it needs.
+      low_memory: for a device with little memory. Weights stay on the host, transformer and decoder
+        are on the device one after the other, and the transformer's kernels are there in 8 bits,
+        as in packed checkpoints, of which a layer at a time is widened. Pictures of a packed
+        checkpoint are the same; weights of others are rounded.
 
     Raises:
       AmskvError: if this is no checkpoint, or damaged, or cannot be downloaded, or there are too
         few devices.
-      UsageError: if the heads do not share out over the mesh.
+      UsageError: if the heads do not share out over the mesh, or there is one with ``low_memory``.
     """
+    if low_memory and mesh is not None:
+        raise UsageError("low_memory is for one device, not a mesh: leave one of them out")
     place = find_checkpoint(source)
     info = read_info(place)
     if mesh is not None:
         mesh.check(info.model.cache_shape(info.model.schedule).num_heads)
-    params = load_checkpoint(place, dtype, DRAWING_PARTS, mesh).params if weights else None
+    params = None
+    if weights and low_memory:
+        params = load_on_host(place, dtype, DRAWING_PARTS).params
+    elif weights:
+        params = load_checkpoint(place, dtype, DRAWING_PARTS, mesh).params
     encode = PromptReader(place, dtype, mesh) if info.model.takes == "prompts" else None
-    return Pipeline.of(info, params, dtype, encode=encode, mesh=mesh)
+    return Pipeline.of(info, params, dtype, encode=encode, mesh=mesh, low_memory=low_memory)

@@ -84,13 +84,10 @@ def draw_shards(
       AmskvError: if another process draws into it, it holds files that are in the way, or the disk
         is full; what was written stays.
     """
-    try:
-        files.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise AmskvError(f"cannot make the folder {files.folder}: {error}") from error
+    make_folder(files)
     with _claimed(files, process, tell):
         if settings is not None:
-            _settle(files, settings)
+            settle(files, settings)
         files.refuse_strangers()
         own = _share(files.count, *process)
         files.remove_remains(own)
@@ -196,8 +193,25 @@ def _claimed(files: ShardFiles, process: tuple[int, int], tell: Callable[[str], 
     )
 
 
-def _settle(files: ShardFiles, settings: Any) -> None:
-    """Write the settings, or compare them with those there, one process after the other."""
+def make_folder(files: ShardFiles) -> None:
+    """Make the folder if there is none; raise an AmskvError if it cannot be made."""
+    try:
+        files.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AmskvError(f"cannot make the folder {files.folder}: {error}") from error
+
+
+def settle(files: ShardFiles, settings: Any) -> None:
+    """Write the settings, or compare them with those there, one process after the other.
+
+    Args:
+      files: whose folder is there.
+      settings: see ``draw_shards``.
+
+    Raises:
+      UsageError: if the folder holds pictures of other settings.
+      AmskvError: if it holds pictures without settings.
+    """
     path = files.folder / "settings.json"
     with locked(files.beside("settings.lock"), wait=True):
         if not path.exists():

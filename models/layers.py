@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from jax import lax
 
 from amskv_jax.attention import Attention
 from amskv_jax.mesh import gathered, shards, summed_product
+from amskv_jax.packed_weight import is_packed, widened
 from amskv_jax.precision import precision_of
 
 NORM_EPSILON = 1e-6
@@ -128,13 +130,15 @@ class StackedDense(nn.Module):
         kernel = self.param("kernel", init, (self.depth, width, features))
         bias = self.param("bias", nn.initializers.zeros, (self.depth, features))
         x = x.astype(kernel.dtype)
-        y = jnp.einsum(
-            "rd,lde->lre",
-            x,
-            kernel,
+        product = partial(
+            jnp.einsum,
             precision=precision_of(kernel.dtype),
             preferred_element_type=jnp.float32,
         )
+        if is_packed(kernel):  # one after the other, as all at once would widen all
+            y = lax.map(lambda layer: product("rd,de->re", x, widened(layer)), kernel)
+        else:
+            y = product("rd,lde->lre", x, kernel)
         return gathered(y + bias[:, None].astype(jnp.float32), -1)
 
 

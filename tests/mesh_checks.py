@@ -18,7 +18,6 @@ from amskv_jax.cache.layout import CacheLayout
 from amskv_jax.cache.online import DecisionObserver
 from amskv_jax.cache.split import SplitHeadSlots
 from amskv_jax.cache.store import Store
-from amskv_jax.calibrate.attention import measure_attention
 from amskv_jax.checkpoints.initialize import init_checkpoint, random_params
 from amskv_jax.generate import Sampler, picture_keys
 from amskv_jax.mesh import MeshShape
@@ -35,6 +34,7 @@ from amskv_jax.pipeline import load
 from amskv_jax.plan.mixed import mixed_row
 from amskv_jax.plan.retention import RetentionPlan
 from amskv_jax.plan.rows import HeadRow
+from amskv_jax.plan.stats import LayerStats
 from amskv_jax.policies import AMSKV, H2O, Full, Heads, OnlineAMSKV, ScaleKV, Window
 from amskv_jax.sampling import TokenSampling
 from amskv_jax.schedule import ScaleSchedule
@@ -52,6 +52,8 @@ MODELS = {
     ),
 }
 MESHES = ("data=8", "data=4,model=2", "model=4")
+BOTH = MESHES[1]
+"""Where one mesh will do."""
 ONLINE = OnlineAMSKV(1, 5, 1, theta=-1.4)
 POLICIES = {
     "full": Full(),
@@ -121,7 +123,7 @@ CASES = [
     (policy, mesh)
     for policy in POLICIES
     for mesh in MESHES
-    if policy in ("full", "ams", "h2o", "heads") or mesh == "data=4,model=2"
+    if policy in ("full", "ams", "h2o", "heads") or mesh == BOTH
 ]
 
 
@@ -190,44 +192,50 @@ def test_formats_that_differ_from_device_to_device(mesh):
     np.testing.assert_allclose(found.latent, expected.latent, atol=2e-5)
 
 
-@pytest.mark.parametrize("numbers", ["int8", "int4", "float8_e4m3fn"])
-@pytest.mark.parametrize("policy", ["h2o", "heads"])
-def test_quantised_caches(policy, numbers):
+@pytest.mark.parametrize(
+    ("policy", "numbers", "mesh"),
+    [
+        ("h2o", "int8", "data=8"),
+        ("h2o", "int4", BOTH),
+        ("heads", "int4", BOTH),
+        ("heads", "float8_e4m3fn", "model=4"),
+    ],
+)
+def test_quantised_caches(policy, numbers, mesh):
+    """Vectors are coded one by one, so that a mesh changes nothing: some of all pairs will do."""
     chosen = POLICIES[policy]
     expected = alone("var", chosen, cache_dtype=numbers)
-    for mesh in MESHES:
-        sampler = sampler_of("var", chosen, mesh, cache_dtype=numbers)
-        found = sampler(placed("var", mesh), *arguments("var"))
-        np.testing.assert_array_equal(found.tokens, expected.tokens)
+    sampler = sampler_of("var", chosen, mesh, cache_dtype=numbers)
+    found = sampler(placed("var", mesh), *arguments("var"))
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
 
 
 def test_forced_codes_and_one_row_per_picture():
     condition, keys, controls = arguments("var")
-    codes = np.asarray(alone("var", Full()).tokens)[::-1, :5]
+    free = np.asarray(alone("var", Full(), trace=True).tokens)
+    codes = free[::-1, :5]
     controls = controls.replace(forced=MODELS["var"].forced(codes, SCHEDULES["var"]))
-    found = [
+    one, many = (
         sampler_of("var", Full(), mesh, guidance=UNGUIDED)(
             params_of("var") if mesh is None else placed("var", mesh), condition, keys, controls
         ).tokens
-        for mesh in (None, *MESHES)
-    ]
-    for tokens in found[1:]:
-        np.testing.assert_array_equal(tokens, found[0])
-    assert (np.asarray(found[0]) != np.asarray(alone("var", Full()).tokens)).any()
+        for mesh in (None, BOTH)
+    )
+    np.testing.assert_array_equal(many, one)
+    assert (np.asarray(one) != free).any()
 
 
 def test_weights_that_were_not_placed_give_the_same():
-    found = sampler_of("var", Full(), "data=4,model=2")(params_of("var"), *arguments("var"))
-    np.testing.assert_array_equal(found.tokens, alone("var", Full()).tokens)
+    found = sampler_of("var", Full(), BOTH)(params_of("var"), *arguments("var"))
+    np.testing.assert_array_equal(found.tokens, alone("var", Full(), trace=True).tokens)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-def test_decisions_taken_while_drawing(mesh):
+def test_decisions_taken_while_drawing():
     observed = [
         sampler_of("var", ONLINE, one, observe=DecisionObserver())(
             params_of("var") if one is None else placed("var", one), *arguments("var")
         ).observed
-        for one in (None, mesh)
+        for one in (None, BOTH)
     ]
     chex.assert_trees_all_close(*observed, atol=1e-5)
 
@@ -264,37 +272,16 @@ def checkpoint(tmp_path_factory):
     return directory
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-def test_pipelines_fill_batches_up(checkpoint, mesh):
+def test_pipelines_fill_batches_up(checkpoint):
     """Ten pictures, which share out over no mesh, are those of one device."""
-    one, many = load(checkpoint), load(checkpoint, mesh=MeshShape.parse(mesh))
+    one, many = load(checkpoint), load(checkpoint, mesh=MeshShape.parse(BOTH))
     key, labels = jax.random.key(3), np.arange(10)
     expected, found = (p.sample(labels, key=key, policy=POLICIES["ams"]) for p in (one, many))
     np.testing.assert_array_equal(found.tokens, expected.tokens)
     np.testing.assert_allclose(found.pictures, expected.pictures, atol=1e-4)
-    drawn = []
-    for pipe in (one, many):
-        conditions, sampler = pipe.conditions(labels), pipe.sampler(POLICIES["ams"])
-        drawer = pipe.drawer(sampler, conditions, 3)
-        assert drawer.batch == (3 if pipe is one else pipe.mesh.filled(3))
-        drawn.append(drawer.draw(pipe.params, 0, 0, 10, pipe.controls()))
-    assert drawn[1].shape == drawn[0].shape
-    assert np.abs(drawn[1].astype(int) - drawn[0]).max() <= 1
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-def test_calibration_measures_the_same(checkpoint, mesh):
-    measured = []
-    for pipe in (load(checkpoint), load(checkpoint, mesh=MeshShape.parse(mesh))):
-        drawing = drawing_of(pipe.model)
-        found = measure_attention(pipe, pipe.conditions(None), count=5, batch=3, drawing=drawing)
-        measured.append(found)
-    for field in ("similarity", "cosine", "head_density", "history_top"):
-        one, many = (getattr(stats, field) for stats in measured)
-        np.testing.assert_allclose(many, one, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", configs.names())
+@pytest.mark.parametrize("name", ["var-d30", "var-d36", "infinity-2b"])
 def test_published_models_share_nearly_all_weights_out(name):
     """Beside blocks and modulation, next to nothing lies whole on every device."""
     config = configs.get(name).model.parts["transformer"]
@@ -304,8 +291,7 @@ def test_published_models_share_nearly_all_weights_out(name):
         leaf = mesh.struct(f"transformer/{path}", shape, "bfloat16")
         whole += leaf.size
         held += np.prod(leaf.sharding.shard_shape(leaf.shape))
-    if whole > 2**28:
-        assert held < 0.54 * whole
+    assert held < 0.54 * whole
 
 
 def test_text_encoder():
@@ -350,23 +336,32 @@ def test_what_does_not_share_out(checkpoint):
     assert "8 pictures at once do not share out over data=3: draw 9" in said
 
 
+def test_calibration_measures_the_same(checkpoint, tmp_path, amskv):
+    """By the command, of more pictures than a batch has."""
+    one, many = tmp_path / "one.npz", tmp_path / "many.npz"
+    common = ["calibrate", "--checkpoint", checkpoint, "--samples", 5, "--batch-size", 3]
+    for out, options in ((one, ()), (many, ("--mesh", BOTH))):
+        done = amskv(*common, "--out", out, *options)
+        assert done.code == 0, done.err
+    measured = LayerStats.load(one), LayerStats.load(many)
+    for field in ("similarity", "cosine", "head_density", "history_top"):
+        expected, found = (getattr(stats, field) for stats in measured)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 def test_commands(checkpoint, tmp_path, amskv):
     one, many = tmp_path / "one.npz", tmp_path / "many.npz"
-    common = ["sample", "--checkpoint", checkpoint, "--labels", "0-4", "--top-k", "1"]
+    common = ["sample", "--checkpoint", checkpoint, "--labels", "0-4", "--batch-size", 3]
     done = amskv(*common, "--out", tmp_path / "one.png", "--save-tokens", one)
     assert done.code == 0, done.err
     mesh = "--mesh", "data=2,model=4"
     done = amskv(*common, "--out", tmp_path / "many.png", "--save-tokens", many, *mesh)
     assert done.code == 0, done.err
-    assert "mesh of data=2,model=4: 8 devices, 6 pictures at once" in done.out
+    assert "mesh of data=2,model=4: 8 devices, 4 pictures at once" in done.out
     np.testing.assert_array_equal(np.load(many)["tokens"], np.load(one)["tokens"])
-    stats = tmp_path / "stats.npz"
-    done = amskv("calibrate", "--checkpoint", checkpoint, "--out", stats, "--samples", 3, *mesh)
-    assert done.code == 0, done.err
-    assert stats.exists()
     done = amskv(
         "eval", "--checkpoint", checkpoint, "--out", tmp_path / "eval", "--num", 6, "--features",
-        "none", "--policies", "full,window:saving=0.5", "--mesh", "data=4",
+        "none", "--policies", "full", "--mesh", "data=4",
     )  # fmt: skip
     assert done.code == 0, done.err
     done = amskv(*common, "--out", tmp_path / "no.png", "--mesh", "rows=2")

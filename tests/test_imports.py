@@ -18,7 +18,7 @@ FOLDERS = {
 }
 FLOORS = [
     ["errors", "words", "precision", "schedule", "quantize"],
-    ["files", "resize", "numbers"],
+    ["files", "resize", "numbers", "packed_weight"],
     ["shard_files"],
     ["attention", "similarity", "sampling", "mesh"],
     ["plan"],

@@ -10,6 +10,7 @@ from jax import lax
 from amskv_jax.attention import QKV, Attention, Implementation
 from amskv_jax.cache.layout import CacheLayout
 from amskv_jax.cache.store import Slots
+from amskv_jax.packed_weight import widened
 
 MAX_SCANS = 4
 """Runs of equal layers up to this number are scanned one by one. More would make the compiled
@@ -59,7 +60,8 @@ def apply_blocks(
     Args:
       block: the block.
       weights: pytree whose leaves have a leading layer axis; a layer is read inside the scan, as
-        slicing groups of layers out beforehand would copy them.
+        slicing groups of layers out beforehand would copy them. Packed ones are widened there, so
+        that no more than a layer of them is there in full.
       x: input of the first block, [rows, T, width].
       caches: one entry per group of ``layout``.
       layout: the cache's layout.
@@ -103,8 +105,10 @@ def apply_blocks(
                 output, updated, seen = lax.switch(branch, branches, local, index, qkv)
                 return output, (updated, seen)
 
-            own = jax.tree.map(
-                lambda leaf: lax.dynamic_index_in_dim(leaf, layer, keepdims=False), weights
+            own = widened(
+                jax.tree.map(
+                    lambda leaf: lax.dynamic_index_in_dim(leaf, layer, keepdims=False), weights
+                )
             )
             x, (local, seen) = block(own, x, attention)
             return (x, local), seen

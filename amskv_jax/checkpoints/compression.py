@@ -22,13 +22,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from amskv_jax.checkpoints.weights import EXACT, SMALL
 from amskv_jax.errors import AmskvError
 from amskv_jax.files import replacing
+from amskv_jax.packed_weight import PackedWeight, widened
 
-EXACT = {"quantizer", "log_temperature"}
-"""Names in the paths of parameters that stay float32 whatever their size."""
-SMALL = 2**15
-"""Parameters with fewer values than this stay float32."""
 SCALE = ":scale"
 FILE = "file:"
 """Before the names of small files that lie beside the weights."""
@@ -83,12 +81,27 @@ def decompress(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def _decompress(path: str, array: np.ndarray, scale: np.ndarray | None) -> np.ndarray:
-    weights = array.astype(np.float32)
-    if array.dtype == np.int8:
-        if scale is None:
-            raise AmskvError(f"the scales of {path} are missing")
-        weights *= scale
+    weights: np.ndarray = widened(_read(path, array, scale))
     return weights
+
+
+def _read(path: str, array: np.ndarray, scale: np.ndarray | None) -> np.ndarray | PackedWeight:
+    """Return an array of a file in float32, or packed."""
+    if array.dtype != np.int8:
+        return array.astype(np.float32)
+    if scale is None:
+        raise AmskvError(f"the scales of {path} are missing")
+    return PackedWeight(array, scale)
+
+
+def pack_weight(path: str, leaf: np.ndarray) -> PackedWeight:
+    """Return a parameter of which ``compress`` makes 8-bit integers packed.
+
+    Raises:
+      AmskvError: if a weight is not finite.
+    """
+    arrays = compress({path: leaf})
+    return PackedWeight(arrays[path], arrays[path + SCALE])
 
 
 def write_compressed(path: Path, arrays: Mapping[str, np.ndarray], description: str) -> None:
@@ -146,8 +159,8 @@ class CompressedFile:
                 if name.startswith(start) and not name.endswith(SCALE)
             }
 
-    def leaves(self, part: str) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield the float32 parameters of a part with their paths.
+    def leaves(self, part: str) -> Iterator[tuple[str, np.ndarray | PackedWeight]]:
+        """Yield the parameters of a part with their paths, in float32 or packed.
 
         Raises:
           AmskvError: if they cannot be read, or scales are missing.
@@ -158,7 +171,7 @@ class CompressedFile:
                 scale = name + SCALE
                 scales = file.get_tensor(scale) if scale in file.keys() else None  # noqa: SIM118
                 array = file.get_tensor(name)
-            yield path, _decompress(name, array, scales)
+            yield path, _read(name, array, scales)
 
     def file(self, name: str) -> bytes:
         """Return a small file.

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from amskv_jax.checkpoints.compression import CompressedFile
+from amskv_jax.checkpoints.compression import CompressedFile, pack_weight
 from amskv_jax.checkpoints.info import CheckpointInfo, info_from_json, parse_info
 from amskv_jax.checkpoints.storage import GroupedFolders, SingleTree, Storage
 from amskv_jax.checkpoints.weights import (
     Fingerprint,
     check_shapes,
     model_shapes,
+    packed_stacks,
     required_parts,
     storage_dtype,
 )
@@ -32,6 +33,7 @@ from amskv_jax.mesh import MeshShape, put_on
 from amskv_jax.models.guidance import Drawing
 from amskv_jax.models.kinds import find_kind, part_types
 from amskv_jax.models.protocol import Model
+from amskv_jax.packed_weight import PackedWeight, widened
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,21 @@ def read_leaves(
       AmskvError: if they are not what ``info`` says, or damaged, or a part is not there. That the
         values are those of the fingerprint shows at the end.
     """
+    for path, leaf in _read_stored(directory, info, parts):
+        yield path, widened(leaf)
+
+
+def _read_stored(
+    directory: str | os.PathLike[str],
+    info: CheckpointInfo,
+    parts: Iterable[str] | None = None,
+) -> Iterator[tuple[str, np.ndarray | PackedWeight]]:
+    """Yield the weights one by one, those of packed checkpoints packed; see ``read_leaves``.
+
+    Raises:
+      AmskvError: if they are not what ``info`` says, or damaged, or a part is not there. That the
+        values are those of the fingerprint shows at the end.
+    """
     path = Path(directory)
     wanted = list(info.configs if parts is None else parts)
     storage = _storage(path, _read_content(path)[0])
@@ -137,7 +154,7 @@ def read_leaves(
     digest = Fingerprint()
     for part in read:
         for name, leaf in storage.leaves(part):
-            digest.add(f"{part}/{name}", leaf)
+            digest.add(f"{part}/{name}", widened(leaf))
             if part in wanted:
                 yield f"{part}/{name}", leaf
             del leaf
@@ -200,6 +217,37 @@ def load_checkpoint(
         target = storage_dtype(path, dtype or info.dtype)
         params[path] = put(path, leaf.astype(target, copy=False))
         del leaf
+    return Checkpoint(info, unflatten_dict(params, sep="/"))
+
+
+def load_on_host(
+    directory: str | os.PathLike[str],
+    dtype: str | None = None,
+    parts: Iterable[str] | None = None,
+) -> Checkpoint:
+    """Load parts of a checkpoint for a device with little memory: into the host's.
+
+    Kernels that are stacked over layers, nearly all of a transformer, are in 8 bits, as in packed
+    checkpoints; those of other checkpoints are rounded so.
+
+    Args:
+      directory: the folder, or the packed file.
+      dtype: in which the weights are used, see ``load_checkpoint``.
+      parts: which are loaded; by default all.
+
+    Raises:
+      AmskvError: as ``load_checkpoint`` does.
+    """
+    info = read_info(directory)
+    params: dict[str, Any] = {}
+    for path, stored in _read_stored(directory, info, parts):
+        target = storage_dtype(path, dtype or info.dtype)
+        if packed_stacks(path, stored.shape):
+            packed = stored if isinstance(stored, PackedWeight) else pack_weight(path, stored)
+            params[path] = packed.replace(dtype=target.name)  # type: ignore[attr-defined]
+        else:
+            params[path] = widened(stored).astype(target, copy=False)
+        del stored
     return Checkpoint(info, unflatten_dict(params, sep="/"))
 
 

@@ -13,12 +13,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from amskv_jax.checkpoints.weights import Shape
 from amskv_jax.errors import AmskvError
+from amskv_jax.packed_weight import PackedWeight
 
 GROUP_BYTES = 2**28
 """A folder of weights gets no further parameter when it holds as much."""
@@ -37,7 +39,7 @@ class Storage(Protocol):
         """
         ...
 
-    def leaves(self, part: str) -> Iterator[tuple[str, np.ndarray]]:
+    def leaves(self, part: str) -> Iterator[tuple[str, np.ndarray | PackedWeight]]:
         """Yield the parameters of a part with their paths, read one after the other.
 
         Raises:
@@ -107,7 +109,7 @@ def restore(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     arguments = unflatten_dict(
         {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}, sep="/"
     )
-    with _reading(path), ocp.PyTreeCheckpointer() as checkpointer:
+    with _reading(path), _checkpointer() as checkpointer:
         restored = checkpointer.restore(path, ocp.args.PyTreeRestore(restore_args=arguments))
     leaves = flatten_dict(restored, sep="/")
     del restored
@@ -116,12 +118,19 @@ def restore(path: Path) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _shapes(path: Path) -> dict[str, Shape]:
-    with _reading(path), ocp.PyTreeCheckpointer() as checkpointer:
+    with _reading(path), _checkpointer() as checkpointer:
         metadata = checkpointer.metadata(path).item_metadata
         tree = None if metadata is None else metadata.tree
     if tree is None:
         raise _unreadable(path, "the list of parameters is missing or damaged")
     return {name: tuple(leaf.shape) for name, leaf in flatten_dict(tree, sep="/").items()}
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    """Return what reads in this process, and does not wait for others that work beside it."""
+    own = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=alone)
 
 
 def _below(part: str, flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,22 +4,30 @@ A tree of weights is flat here, {path: array}, the names along the way joined by
 """
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from amskv_jax.errors import AmskvError
 from amskv_jax.models.kinds import optional_parts, param_shapes
 from amskv_jax.models.protocol import Model
+from amskv_jax.packed_weight import PackedWeight
 
 Shape = tuple[int, ...]
 
 DTYPES = ("float32", "bfloat16")
 ALWAYS_FLOAT32 = {"quantizer", "log_temperature"}
 """Parameters which stay float32 in bfloat16 checkpoints: small, and rounding them moves tokens."""
+
+EXACT = {"quantizer", "log_temperature"}
+"""Names in the paths of parameters that are never compressed, whatever their size."""
+SMALL = 2**15
+"""Nor are parameters with fewer values than this."""
 
 FINGERPRINT_SAMPLES = 4096
 MAX_REPORTED = 20
@@ -110,6 +118,36 @@ def model_shapes(model: Model, parts: Iterable[str] | None = None) -> dict[str, 
         for part in (model.parts if parts is None else parts)
         for path, shape in param_shapes(model.parts[part]).items()
     }
+
+
+def packed_stacks(path: str, shape: Shape) -> bool:
+    """Return whether a parameter stays in 8 bits where memory is little.
+
+    These are the large kernels which are stacked over layers, nearly all of a transformer: they are
+    widened a layer at a time.
+    """
+    return len(shape) == 3 and math.prod(shape) >= SMALL and not EXACT & set(path.split("/"))
+
+
+def part_structs(model: Model, part: str, dtype: str, *, low_memory: bool = False) -> Any:
+    """Return the shapes of a part's weights as they lie on a device, a tree of structs.
+
+    Args:
+      model: kind and shape of the model.
+      part: its name.
+      dtype: in which they are loaded, see ``storage_dtype``.
+      low_memory: as ``folder.load_on_host`` loads them.
+    """
+    struct: Any = jax.ShapeDtypeStruct
+    flat: dict[str, Any] = {}
+    for path, shape in param_shapes(model.parts[part]).items():
+        numbers = storage_dtype(f"{part}/{path}", dtype)
+        if low_memory and packed_stacks(path, shape):
+            scale = struct((*shape[:-2], 1, shape[-1]), jnp.float32)
+            flat[path] = PackedWeight(struct(shape, jnp.int8), scale, numbers.name)
+        else:
+            flat[path] = struct(shape, numbers)
+    return unflatten_dict(flat, sep="/")
 
 
 def check_shapes(expected: Mapping[str, Shape], found: Mapping[str, Shape], source: str) -> None:

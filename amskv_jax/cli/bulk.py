@@ -3,7 +3,8 @@
 import hashlib
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
@@ -12,12 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from amskv_jax.cli.console import Update, make_console, print_line, progress
+from amskv_jax.cli.hosts import first_alone
 from amskv_jax.cli.memory import explaining_memory
 from amskv_jax.cli.options import parse_numbers
+from amskv_jax.cli.wanted import with_weights
 from amskv_jax.errors import AmskvError, UsageError
 from amskv_jax.models.guidance import Drawing
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from amskv_jax.drawing import Batch, Drawer
     from amskv_jax.generate import Sampler
     from amskv_jax.models.protocol import Conditions
@@ -77,7 +82,7 @@ ShareOption = Annotated[
     typer.Option(
         "--share",
         help="Of processes or hosts that draw into one folder --shards, or into one each: which "
-        "this is, from 0, and how many there are. If not given: as jax.distributed says.",
+        "this is, from 0, and how many there are.",
         metavar="INDEX/COUNT",
     ),
 ]
@@ -93,6 +98,12 @@ class Bulk:
     shard: int | None
     tokens: bool
     share: tuple[int, int] | None
+    distributed: bool
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this process prints what all would: one of those that belong together does."""
+        return not (self.distributed and self.share and self.share[0])
 
 
 @dataclass(frozen=True)
@@ -109,6 +120,7 @@ class Settings:
     scales: tuple[tuple[int, int], ...]
     drawing: Drawing
     dtype: str
+    weights: str
     cache_dtype: str
     cache: str
     plan: str
@@ -121,6 +133,7 @@ def read_bulk(
     shard: int | None,
     tokens: bool,
     share: str | None,
+    distributed: bool,
     unfit: Mapping[str, Any],
 ) -> Bulk | None:
     """Return what is to be drawn in bulk; None if nothing is.
@@ -132,6 +145,7 @@ def read_bulk(
       shard: of the option.
       tokens: of the option.
       share: of the option.
+      distributed: of the option.
       unfit: values of options which have no meaning then.
 
     Raises:
@@ -141,6 +155,8 @@ def read_bulk(
         if shard is not None or tokens or share or picture_format is not PictureFormat.NPZ:
             names = "--format, --shard-size, --with-tokens and --share"
             raise UsageError(f"{names} need --num and --shards")
+        if distributed:
+            raise UsageError("--distributed needs --num and --shards")
         return None
     if shards is None or num is None:
         raise UsageError("--num and --shards belong together: give both, or neither")
@@ -151,7 +167,7 @@ def read_bulk(
     if shards.exists() and not shards.is_dir():
         raise AmskvError(f"{shards} is no folder")
     process = None if share is None else _read_share(share)
-    return Bulk(shards, num, picture_format, shard, tokens, process)
+    return Bulk(shards, num, picture_format, shard, tokens, process, distributed)
 
 
 def _read_share(text: str) -> tuple[int, int]:
@@ -188,6 +204,7 @@ def draw_bulk(
     sampler: "Sampler",
     *,
     wanted: Mapping[str, Any],
+    forced: "np.ndarray | None",
     seed: int,
     batch: int | None,
 ) -> None:
@@ -201,18 +218,17 @@ def draw_bulk(
       plan: what the cache keeps.
       sampler: what draws so.
       wanted: what the conditions were made of, see ``describe_wanted``.
+      forced: codes of the first scales, of some pictures; later ones have the same, over and over.
       seed: of the random numbers.
       batch: pictures drawn at once.
 
     Raises:
       AmskvError: see ``shards.draw_shards``.
     """
-    import jax  # noqa: PLC0415
     import numpy as np  # noqa: PLC0415
 
-    from amskv_jax.pipeline import load  # noqa: PLC0415
     from amskv_jax.shard_files import ShardFiles  # noqa: PLC0415
-    from amskv_jax.shards import draw_shards  # noqa: PLC0415
+    from amskv_jax.shards import draw_shards, make_folder, settle  # noqa: PLC0415
 
     size = pipe.model.picture_size(pipe.schedule)
     shard = bulk.shard or min(SHARD_PICTURES, max(1, SHARD_BYTES // (3 * size[0] * size[1])))
@@ -231,29 +247,33 @@ def draw_bulk(
         scales=pipe.schedule.grids,
         drawing=pipe.drawing,
         dtype=pipe.dtype,
+        weights="in 8 bits" if pipe.low_memory and weights.is_dir() else "as stored",
         cache_dtype=pipe.cache_dtype or pipe.dtype,
         cache=plan.note,
         plan=hashlib.sha256(plan.to_json().encode()).hexdigest()[:16],
     )
     count = min(batch or BATCH, bulk.num)
     count = pipe.mesh.filled(count) if pipe.mesh else count
-    process = bulk.share or (jax.process_index(), jax.process_count())
+    controls, process = pipe.controls(forced=forced), bulk.share or (0, 1)
 
     @cache
     def ready() -> "tuple[Drawer, Pipeline]":
-        loaded = replace(pipe, params=load(weights, pipe.dtype, mesh=pipe.mesh).params)
-        drawer = loaded.drawer(sampler, conditions, count)
-        print_line(f"compiled in {drawer.compile_seconds:.1f} s")
+        loaded = with_weights(pipe, weights)
+        drawer = loaded.drawer(sampler, conditions, count, forced=forced)
+        if bulk.speaks:
+            print_line(f"compiled in {drawer.compile_seconds:.1f} s")
         return drawer, loaded
 
     def draw(first: int, wanted: int) -> "Iterator[Batch]":
         drawer, loaded = ready()
-        return drawer.batches(loaded.params, seed, first, wanted, loaded.controls())
+        return drawer.batches(loaded.params, seed, first, wanted, controls)
 
-    with explaining_memory(count), progress("looking at what is there") as update:
-        if jax.process_count() > 1:
-            ready()  # reading weights, processes wait for each other: all must come
-        shown = _Shown(update)
+    showing = progress("looking at what is there") if bulk.speaks else nullcontext(_show_nothing)
+    with explaining_memory(count), showing as update:
+        if bulk.distributed:
+            make_folder(files)
+            first_alone("settings", lambda: settle(files, settings))
+        shown = _Shown(update, process[1])
         whole = draw_shards(
             files,
             draw,
@@ -261,24 +281,31 @@ def draw_bulk(
             classes=conditions.classes,
             settings=settings,
             process=process,
-            update=shown,
+            update=shown if bulk.speaks else lambda progress: None,
             tell=print_line,
         )
-    print_line(shown.summary())
+    if bulk.speaks:
+        print_line(shown.summary())
     if whole:
         print_line(f"wrote {path}" + (" and the pictures beside it" if png else ""))
-    else:
+    elif bulk.speaks:
         print_line(
             f"share {process[0]}/{process[1]} is drawn; the last process to end writes {path}. If "
-            "the others have folders of their own, put all into one, and give this command there"
+            "the others have folders of their own, put all into one, and give this command there, "
+            "without --share"
         )
+
+
+def _show_nothing(what: str, share: float | None) -> None:
+    """Take progress where another process shows it."""
 
 
 class _Shown:
     """Shows progress: a bar where someone watches, else a line now and then."""
 
-    def __init__(self, update: Update) -> None:
+    def __init__(self, update: Update, processes: int) -> None:
         self.update = update
+        self.whose = " of this share" if processes > 1 else ""
         self.watched = make_console().is_terminal
         self.first: int | None = None
         self.printed = self.started = time.monotonic()
@@ -290,10 +317,10 @@ class _Shown:
         if self.first is None:
             self.first, self.started = now.done, time.monotonic()
             if 0 < now.done < now.total:
-                print_line(f"{now.done} of {now.total} pictures are there, going on")
+                print_line(f"{now.done} of {now.total} pictures{self.whose} are there, going on")
             self.update("compiling", None)
             return
-        text = f"{now.done} of {now.total} pictures"
+        text = f"{now.done} of {now.total} pictures{self.whose}"
         if now.rate and now.seconds_left is not None:
             text += f", {now.rate:.1f} per second, {clock(now.seconds_left)} left"
         self.update(text, now.done / now.total)

@@ -1,6 +1,7 @@
 """``amskv sample``: pictures from a checkpoint, or from the model that comes with the package."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,6 +24,7 @@ from amskv_jax.cli.bulk import (
 from amskv_jax.cli.compilation_cache import use_compilation_cache
 from amskv_jax.cli.console import print_line, progress
 from amskv_jax.cli.files import check_outputs, check_suffix, free_name
+from amskv_jax.cli.hosts import DistributedOption, join
 from amskv_jax.cli.memory import explaining_memory
 from amskv_jax.cli.options import (
     Attention,
@@ -53,6 +55,7 @@ from amskv_jax.cli.wanted import (
     read_codes,
     with_weights,
 )
+from amskv_jax.errors import UsageError
 from amskv_jax.files import replacing
 
 if TYPE_CHECKING:
@@ -125,6 +128,15 @@ def sample(
     cache_dtype: CacheDtypeOption = None,
     attention: Annotated[Attention, typer.Option(help="Attention back end.")] = Attention.AUTO,
     mesh: MeshOption = None,
+    low_memory: Annotated[
+        bool,
+        typer.Option(
+            "--low-memory",
+            help="For a device with little memory: text encoder, transformer and decoder are on it "
+            "one after the other, and the transformer's weights in 8 bits, as `amskv pack` makes "
+            "them.",
+        ),
+    ] = False,
     stats: StatsOption = None,
     save_tokens: Annotated[
         Path | None, typer.Option(help="Write tokens, labels and seed here (.npz).")
@@ -135,6 +147,7 @@ def sample(
     shard_size: ShardSizeOption = None,
     with_tokens: ShardTokensOption = False,
     share: ShareOption = None,
+    distributed: DistributedOption = False,
     force: ForceOption = False,
     compilation_cache: CompilationCacheOption = True,
 ) -> None:
@@ -143,11 +156,12 @@ def sample(
         "--compare": compare,
         "--out": out,
         "--num-per-label": num_per_label > 1,
-        "--forced-codes": forced_codes,
         "--save-tokens": save_tokens,
         "--force": force,
     }
-    bulk = read_bulk(num, shards, picture_format, shard_size, with_tokens, share, unfit)
+    bulk = read_bulk(
+        num, shards, picture_format, shard_size, with_tokens, share, distributed, unfit
+    )
     out = out or free_name(Path("amskv-sample.png"))
     check_suffix(out, PICTURE_SUFFIXES)
     check_suffix(save_tokens, {".npz"})
@@ -155,6 +169,8 @@ def sample(
     if (checkpoint, policy, plan_file, compare) == (None, None, None, None):
         policy, compare = "ams", None if bulk else "full"
     request = choose_policy(policy, plan_file)
+    if bulk and bulk.distributed:
+        bulk = replace(bulk, share=join(bulk.share))
 
     import jax  # noqa: PLC0415
     import numpy as np  # noqa: PLC0415
@@ -186,6 +202,9 @@ def sample(
         top_p=top_p,
         more_smooth=more_smooth,
     )
+    if low_memory and mesh:
+        raise UsageError("--low-memory is for one device: leave out --mesh")
+    pipe = replace(pipe, low_memory=low_memory)
     with progress("reading"):
         conditions = conditions_of(
             pipe,
@@ -199,17 +218,20 @@ def sample(
         statistics = LayerStats.load(stats, pipe.fingerprint) if stats else None
         geometry = pipe.geometry(min(batch_size or BATCH, bulk.num))
         plan = request.plan(pipe.shape, geometry, statistics)
-        print_plan(plan)
+        if bulk.speaks:
+            print_plan(plan)
         texts = {"prompt": prompt, "negative_prompt": negative_prompt}
-        named = {"prompts": prompts, "text_features": text_features}
+        named = {"prompts": prompts, "text_features": text_features, "forced_codes": forced_codes}
+        conditions = conditions or pipe.conditions(None)
         draw_bulk(
             bulk,
             pipe,
             place,
-            conditions or pipe.conditions(None),
+            conditions,
             plan,
             pipe.sampler(plan, attention=attention.value),
             wanted=describe_wanted(labels, texts, named),
+            forced=read_codes(forced_codes, len(conditions), bulk.num) if forced_codes else None,
             seed=seed,
             batch=batch_size,
         )
@@ -282,7 +304,7 @@ def _draw(
 
     count = len(conditions)
     with explaining_memory(batch), progress("compiling") as update:
-        drawer = Drawer(sampler, pipe.params, conditions, controls, batch)
+        drawer = Drawer(sampler, pipe.params, conditions, controls, batch, in_turns=pipe.low_memory)
         print_line(
             f"compiled in {drawer.compile_seconds:.1f} s, "
             f"{drawer.trace_seconds:.1f} s of it tracing"

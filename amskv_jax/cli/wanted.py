@@ -192,7 +192,8 @@ def with_weights(pipe: "Pipeline", place: Path) -> "Pipeline":
     from amskv_jax.pipeline import load  # noqa: PLC0415
 
     with progress("loading weights"):
-        return replace(pipe, params=load(place, pipe.dtype, mesh=pipe.mesh).params)
+        loaded = load(place, pipe.dtype, mesh=pipe.mesh, low_memory=pipe.low_memory)
+        return replace(pipe, params=loaded.params)
 
 
 def conditions_of(
@@ -247,12 +248,13 @@ def conditions_of(
     return pipe.conditions(Texts(texts, tuple(negative_prompt or ())))
 
 
-def read_codes(path: Path, count: int) -> "np.ndarray":
+def read_codes(path: Path, count: int, drawn: int | None = None) -> "np.ndarray":
     """Return the ``codes`` in a file of forced codes.
 
     Args:
       path: .npz file.
-      count: pictures that are drawn.
+      count: things to draw, each with codes of its own.
+      drawn: pictures that are drawn of these, over and over; ``count`` if not given.
 
     Raises:
       AmskvError: if it cannot be read, or holds those of another number of pictures.
@@ -266,10 +268,10 @@ def read_codes(path: Path, count: int) -> "np.ndarray":
         raise AmskvError(
             f"{path} holds no forced codes: expected a .npz file with an array codes ({error})"
         ) from error
-    if codes.ndim < 2 or len(codes) not in (1, count):
+    if codes.ndim < 2 or len(codes) not in (1, count, drawn):
         raise AmskvError(
             f"{path} holds codes of shape {codes.shape}: expected those of one picture, or of all "
-            f"{count}"
+            f"{count}" + (f", or {drawn}" if drawn not in (None, count) else "")
         )
     return codes
 

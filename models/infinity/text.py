@@ -14,6 +14,7 @@ from amskv_jax.attention import attend
 from amskv_jax.mesh import shards
 from amskv_jax.models.guidance import Guidance
 from amskv_jax.models.layers import per_channel
+from amskv_jax.packed_weight import widened
 from amskv_jax.precision import precision_of
 
 Array = jax.Array | np.ndarray
@@ -134,7 +135,7 @@ class KeysValues(nn.Module):
         text = text.astype(self.dtype)
 
         def project(layer: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            kernel, bias = (x.astype(self.dtype) for x in layer)
+            kernel, bias = (x.astype(self.dtype) for x in widened(layer))
             both = jnp.matmul(text, kernel, precision=precision_of(self.dtype))
             key, value = jnp.split(both, 2, axis=-1)
             return key.reshape(shape), (value + per_channel(bias, value)).reshape(shape)
