@@ -51,6 +51,11 @@ def choose_implementation(
     return "cudnn" if flash else "xla"
 
 
+def logits_bytes() -> int:
+    """Return the most bytes of logits that the XLA back end holds at once on this machine."""
+    return CPU_LOGITS_BYTES if jax.default_backend() == "cpu" else LOGITS_BYTES
+
+
 def attend(
     query: jax.Array,
     key: jax.Array,
@@ -82,8 +87,7 @@ def attend(
             implementation="cudnn",
             key_value_seq_lengths=lengths,
         )
-    bound = CPU_LOGITS_BYTES if jax.default_backend() == "cpu" else LOGITS_BYTES
-    queries = bound // (query.shape[2] * key.shape[1] * 4)
+    queries = logits_bytes() // (query.shape[2] * key.shape[1] * 4)
     if queries >= query.shape[0] * query.shape[1]:
         return _exact(query, key, value, scale, lengths)
 

@@ -1,6 +1,6 @@
 """Next-scale generation: one jitted function from conditions and keys to tokens and latents."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -10,14 +10,17 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import PartitionSpec as P
 
-from amskv_jax.attention import Attention, Implementation
+from amskv_jax.attention import Attention, Implementation, choose_implementation, logits_bytes
 from amskv_jax.cache.layout import CacheLayout
-from amskv_jax.cache.stack import Observer, apply_blocks
+from amskv_jax.cache.stack import Observer, Take, apply_blocks
 from amskv_jax.cache.store import Store
 from amskv_jax.mesh import DATA, MeshShape, shards
 from amskv_jax.models.guidance import Controls, Guidance
 from amskv_jax.models.protocol import Model, Tokenizer
 from amskv_jax.numbers import numbers_of
+from amskv_jax.parts import in_parts
+from amskv_jax.plan.activations import Activations, StepShares, step_shares
+from amskv_jax.plan.memory import CacheGeometry
 from amskv_jax.plan.retention import RetentionPlan
 from amskv_jax.plan.shape import CacheShape
 from amskv_jax.sampling import TokenSampling, draw, filter_logits, smooth_mixture
@@ -89,6 +92,26 @@ class Sampler:
         if self.mesh is not None:
             self.mesh.check(self.shape.num_heads)
 
+    def _shares(self, step: int, pictures: int) -> StepShares:
+        """Return in how many parts a step takes so many pictures, on a mesh those of a device."""
+        held = step_shares(self.plan, step, self.geometry(pictures, shards()), pictures, self.activations)
+        return held if self.observe is None else replace(held, blocks=1)
+
+    def geometry(self, pictures: int, shards: int = 1) -> CacheGeometry:
+        """Return what a cached token of a batch costs where so many devices share the heads."""
+        whole, rows = self.shape, self.guidance.rows_per_picture
+        numbers = self.cache_dtype or self.dtype
+        return CacheGeometry.of(
+            replace(whole, num_heads=whole.num_heads // shards), pictures, numbers, rows
+        )
+
+    @property
+    def activations(self) -> Activations:
+        """What a step needs besides weights and cache."""
+        chosen = choose_implementation(self.attention, self.dtype, self.shape.head_dim)
+        logits = 0 if chosen == "cudnn" else logits_bytes()
+        return Activations(self.model.block_shape, jnp.dtype(self.dtype).itemsize, logits)
+
     @property
     def shape(self) -> CacheShape:
         """What the model caches."""
@@ -149,15 +172,19 @@ class Sampler:
         for step in range(schedule.num_scales):
             strength = controls.strength[step]
 
+            share = self._shares(step, batch)
+
             def block(
                 layer: Any,
                 x: jax.Array,
                 attention: Attention,
+                take: Take,
                 step: int = step,
                 strength: jax.Array = strength,
             ) -> tuple[jax.Array, Any]:
                 own, mixed = layer
-                x, carry = transformer.block(own, prepared.shared, x, step, attention)
+                own, shared = transformer.some_rows(own, prepared.shared, take)
+                x, carry = transformer.block(own, shared, x, step, attention)
                 if guidance.on_layers:
                     x = guidance.mix_rows(x, strength, mixed)
                 return x, carry
@@ -172,11 +199,26 @@ class Sampler:
                 scale=transformer.attention_scale,
                 implementation=self.attention,
                 observe=self.observe,
+                parts=share.blocks,
             )
             observed.append(seen)
-            logits = transformer.logits(x, prepared.shared) * (1 / controls.temperature[step])
-            logits = guidance.mix_logits(logits, strength)
-            drawn, entries = self._draw(tokenizer, keys, logits, controls.forced, step)
+
+            def head(
+                x: jax.Array,
+                shared: Any,
+                keys: jax.Array,
+                forced: jax.Array | None,
+                step: int = step,
+                strength: jax.Array = strength,
+            ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+                logits = transformer.logits(x, shared) * (1 / controls.temperature[step])
+                logits = guidance.mix_logits(logits, strength)
+                drawn, entries = self._draw(tokenizer, keys, logits, forced, step)
+                return drawn, entries, logits if self.trace else None
+
+            drawn, entries, logits = in_parts(
+                head, share.heads, x, prepared.shared, keys, controls.forced
+            )
             tokens.append(drawn)
             latent = tokenizer.accumulate(latent, entries, step)
             if step + 1 < schedule.num_scales:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
@@ -16,8 +17,12 @@ MAX_SCANS = 4
 program long, so all layers are then scanned at once and each picks its group's attention with a
 switch."""
 
-Block = Callable[[Any, jax.Array, Attention], tuple[jax.Array, Any]]
-"""Maps one layer's weights, its input and an attention to its output and the attention's carry."""
+Take = Callable[[Any], Any]
+"""Returns some of the batch rows of a tree of arrays [rows, ...]."""
+
+Block = Callable[[Any, jax.Array, Attention, Take], tuple[jax.Array, Any]]
+"""Maps one layer's weights, its input [some rows, T, width], an attention, and what takes these
+rows of anything else, to its output and the attention's carry."""
 
 
 class Observer(Protocol):
@@ -53,6 +58,7 @@ def apply_blocks(
     scale: float,
     implementation: Implementation,
     observe: Observer | None = None,
+    parts: int = 1,
 ) -> tuple[jax.Array, tuple[Any, ...], list[Any]]:
     """Run all blocks on the tokens of one scale.
 
@@ -66,12 +72,17 @@ def apply_blocks(
       step: the step, static.
       scale: factor of the attention logits.
       implementation: attention back end.
-      observe: see ``Observer``.
+      observe: see ``Observer``; it sees all rows at once.
+      parts: every block takes the batch rows in so many parts of equal size, one after the other,
+        so that its activations are of one part alone. Layers which decide for all rows at once
+        (``cache.online``) need 1.
 
     Returns:
       The output of the last block, the updated caches, and what ``observe`` returned, one entry per
       scan with leaves stacked over its layers.
     """
+    assert parts == 1 or observe is None, "an observer sees all rows at once"
+    caches = jax.tree.map(lambda leaf: _apart(leaf, parts), caches)
     observed = []
     for start, stop in _scans(layout.group_of):
         members = sorted(set(layout.group_of[start:stop]))
@@ -80,11 +91,7 @@ def apply_blocks(
             x, local = carry
             layer, branch, index = position
 
-            def attention(
-                query: jax.Array, key: jax.Array, value: jax.Array
-            ) -> tuple[jax.Array, Any]:
-                qkv = query, key, value
-
+            def attention(part: jax.Array, local: Any, qkv: QKV) -> tuple[jax.Array, Any]:
                 def visit(member: int) -> Callable[..., Any]:
                     slots = layout.groups[members[member]]
 
@@ -100,14 +107,35 @@ def apply_blocks(
                     return run
 
                 branches = [visit(member) for member in range(len(members))]
-                output, updated, seen = lax.switch(branch, branches, local, index, qkv)
+                place = index * parts + part
+                output, updated, seen = lax.switch(branch, branches, local, place, qkv)
                 return output, (updated, seen)
 
             own = jax.tree.map(
                 lambda leaf: lax.dynamic_index_in_dim(leaf, layer, keepdims=False), weights
             )
-            x, (local, seen) = block(own, x, attention)
-            return (x, local), seen
+
+            def run_part(part: jax.Array, carry: Any) -> tuple[Any, Any]:
+                x, local = carry
+                size = len(x) // parts
+
+                def take(tree: Any) -> Any:
+                    if parts == 1:
+                        return tree
+                    return jax.tree.map(
+                        lambda leaf: lax.dynamic_slice_in_dim(leaf, part * size, size), tree
+                    )
+
+                some, (local, seen) = block(
+                    own, take(x), lambda *qkv: attention(part, local, qkv), take
+                )
+                if parts > 1:
+                    some = lax.dynamic_update_slice_in_dim(x, some, part * size, 0)
+                return (some, local), seen
+
+            if parts == 1:
+                return run_part(jnp.int32(0), (x, local))
+            return lax.fori_loop(0, parts, lambda *part: run_part(*part)[0], (x, local)), None
 
         positions = np.array(
             [
@@ -120,7 +148,23 @@ def apply_blocks(
         observed.append(seen)
         updates = dict(zip(members, local, strict=True))
         caches = tuple(updates.get(group, cache) for group, cache in enumerate(caches))
-    return x, caches, observed
+    return x, jax.tree.map(lambda leaf: _together(leaf, parts), caches), observed
+
+
+def _apart(leaf: jax.Array, parts: int) -> jax.Array:
+    """Return a buffer [layers, rows, ...] as one of every part's rows, [layers * parts, ...]."""
+    if parts == 1:
+        return leaf
+    layers, rows, *rest = leaf.shape
+    return leaf.reshape(layers * parts, rows // parts, *rest)
+
+
+def _together(leaf: jax.Array, parts: int) -> jax.Array:
+    """Undo ``_apart``."""
+    if parts == 1:
+        return leaf
+    layers, rows, *rest = leaf.shape
+    return leaf.reshape(layers // parts, rows * parts, *rest)
 
 
 def _scans(group_of: tuple[int, ...]) -> list[tuple[int, int]]:
