@@ -92,25 +92,24 @@ class Sampler:
         if self.mesh is not None:
             self.mesh.check(self.shape.num_heads)
 
-    def _shares(self, step: int, pictures: int) -> StepShares:
-        """Return in how many parts a step takes so many pictures, on a mesh those of a device."""
-        held = step_shares(self.plan, step, self.geometry(pictures, shards()), pictures, self.activations)
-        return held if self.observe is None else replace(held, blocks=1)
-
     def geometry(self, pictures: int, shards: int = 1) -> CacheGeometry:
         """Return what a cached token of a batch costs where so many devices share the heads."""
-        whole, rows = self.shape, self.guidance.rows_per_picture
+        own = replace(self.shape, num_heads=self.shape.num_heads // shards)
         numbers = self.cache_dtype or self.dtype
-        return CacheGeometry.of(
-            replace(whole, num_heads=whole.num_heads // shards), pictures, numbers, rows
-        )
+        return CacheGeometry.of(own, pictures, numbers, self.guidance.rows_per_picture)
 
     @property
     def activations(self) -> Activations:
-        """What a step needs besides weights and cache."""
+        """What a step needs besides weights and cache, on JAX's default device."""
         chosen = choose_implementation(self.attention, self.dtype, self.shape.head_dim)
         logits = 0 if chosen == "cudnn" else logits_bytes()
         return Activations(self.model.block_shape, jnp.dtype(self.dtype).itemsize, logits)
+
+    def shares(self, step: int, geometry: CacheGeometry, work: Activations) -> StepShares:
+        """Return in how many parts a step takes a batch; see ``plan.activations``."""
+        pictures = geometry.rows // self.guidance.rows_per_picture
+        share = step_shares(self.plan, step, geometry, pictures, work)
+        return share if self.observe is None else replace(share, blocks=1)
 
     @property
     def shape(self) -> CacheShape:
@@ -161,10 +160,9 @@ class Sampler:
         prepared = transformer.prepare(condition, guidance)
         store = Store(numbers_of(self.cache_dtype or self.dtype))
         layout = CacheLayout.of(self.plan, store, shards())
-        shape = self.shape
-        rows = batch * guidance.rows_per_picture
-        caches = layout.init(rows, shape.num_heads // shards(), shape.head_dim)
-        mixes = jnp.asarray(guidance.layer_flags(shape.num_layers))
+        geometry = self.geometry(batch, shards())
+        caches = layout.init(geometry.rows, geometry.num_heads, geometry.head_dim)
+        mixes = jnp.asarray(guidance.layer_flags(self.plan.num_layers))
 
         x = prepared.start
         latent = jnp.zeros((batch, *tokenizer.latent_shape), jnp.float32)
@@ -172,7 +170,7 @@ class Sampler:
         for step in range(schedule.num_scales):
             strength = controls.strength[step]
 
-            share = self._shares(step, batch)
+            share = self.shares(step, geometry, self.activations)
 
             def block(
                 layer: Any,

@@ -198,10 +198,12 @@ class Pipeline:
         drawing: Drawing | None = None,
         *,
         decode: bool = True,
+        device_memory: int | None = None,
     ) -> Drawer:
         """Compile a sampler of this pipeline for batches; see ``drawing.Drawer``."""
-        controls = self.controls(drawing)
-        return Drawer(sampler, self.params, conditions, controls, batch, decode=decode)
+        controls, memory = self.controls(drawing), device_memory
+        given = sampler, self.params, conditions, controls, batch
+        return Drawer(*given, decode=decode, device_memory=memory)
 
     def sample(
         self,

@@ -28,6 +28,7 @@ from amskv_jax.cli.options import (
     Attention,
     CacheDtypeOption,
     CompilationCacheOption,
+    DeviceMemoryOption,
     Dtype,
     ForceOption,
     MeshOption,
@@ -136,6 +137,7 @@ def sample(
     with_tokens: ShardTokensOption = False,
     share: ShareOption = None,
     force: ForceOption = False,
+    device_memory: DeviceMemoryOption = None,
     compilation_cache: CompilationCacheOption = True,
 ) -> None:
     """Draw pictures of classes or prompts, with a cache that keeps what the policy says."""
@@ -161,6 +163,7 @@ def sample(
 
     from amskv_jax.attention import choose_implementation  # noqa: PLC0415
     from amskv_jax.cli.tables import print_memory, print_plan  # noqa: PLC0415
+    from amskv_jax.device_memory import check_memory, device_limit  # noqa: PLC0415
     from amskv_jax.drawing import Chosen  # noqa: PLC0415
     from amskv_jax.plan.memory import MemoryReport  # noqa: PLC0415
     from amskv_jax.plan.stats import LayerStats  # noqa: PLC0415
@@ -200,15 +203,20 @@ def sample(
         geometry = pipe.geometry(min(batch_size or BATCH, bulk.num))
         plan = request.plan(pipe.shape, geometry, statistics)
         print_plan(plan)
+        drawn = conditions or pipe.conditions(None)
+        sampler = pipe.sampler(plan, attention=attention.value)
+        one = drawn.batch(np.arange(1))
+        at_once = geometry.rows // pipe.geometry(1).rows
+        check_memory(sampler, at_once, one, device_memory or device_limit())
         texts = {"prompt": prompt, "negative_prompt": negative_prompt}
         named = {"prompts": prompts, "text_features": text_features}
         draw_bulk(
             bulk,
             pipe,
             place,
-            conditions or pipe.conditions(None),
+            drawn,
             plan,
-            pipe.sampler(plan, attention=attention.value),
+            sampler,
             wanted=describe_wanted(labels, texts, named),
             seed=seed,
             batch=batch_size,
@@ -242,11 +250,14 @@ def sample(
     if pipe.mesh:
         print_line(f"mesh of {pipe.mesh}: {pipe.mesh.size} devices, {batch} pictures at once")
 
+    limit = device_memory or device_limit()
+    for sampler in samplers.values():
+        check_memory(sampler, batch, conditions.batch(np.arange(batch)), limit)
     pipe = with_weights(pipe, place)
     captions = conditions.captions(pipe.classes)
     panels = {}
     for name, sampler in samplers.items():
-        tokens, pictures, seconds = _draw(pipe, sampler, conditions, controls, seed, batch)
+        tokens, pictures, seconds = _draw(pipe, sampler, conditions, controls, seed, batch, limit)
         size = byte_size(MemoryReport.of(sampler.plan, geometry).plan)
         drawn = f"{count} picture{'s'[: count > 1]} in {seconds:.2f} s"
         heading = f"{name}: cache of {size}, {drawn}"
@@ -274,6 +285,7 @@ def _draw(
     controls: "Controls",
     seed: int,
     batch: int,
+    limit: int | None,
 ) -> "tuple[np.ndarray, np.ndarray, float]":
     """Return tokens, pictures and the seconds they took; compiling comes before, and is printed."""
     import numpy as np  # noqa: PLC0415
@@ -282,7 +294,7 @@ def _draw(
 
     count = len(conditions)
     with explaining_memory(batch), progress("compiling") as update:
-        drawer = Drawer(sampler, pipe.params, conditions, controls, batch)
+        drawer = Drawer(sampler, pipe.params, conditions, controls, batch, device_memory=limit)
         print_line(
             f"compiled in {drawer.compile_seconds:.1f} s, "
             f"{drawer.trace_seconds:.1f} s of it tracing"

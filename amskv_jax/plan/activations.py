@@ -29,39 +29,45 @@ class Activations:
     Attributes:
       shape: of blocks and head.
       itemsize: bytes of a number in products.
-      attention_logits: most bytes of attention logits at once; 0 where attention needs none.
+      logits_bytes: most bytes of float32 attention logits at once; 0 where attention makes none.
     """
 
     shape: BlockShape
     itemsize: int
-    attention_logits: int = 0
+    logits_bytes: int = 0
 
-    def residual(self, tokens: int) -> int:
-        """Return the bytes of the residual stream of ``tokens`` tokens of one batch row."""
-        return FLOAT32 * self.shape.width * tokens
+    def residual(self, rows: int, tokens: int) -> int:
+        """Return the bytes of the residual stream: ``tokens`` of every batch row."""
+        return FLOAT32 * self.shape.width * rows * tokens
 
-    def block(self, tokens: int, held: int, channels: int) -> int:
-        """Return what a block needs most besides the residual stream, for one batch row.
+    def block(self, tokens: int, held: int, geometry: CacheGeometry) -> int:
+        """Return what a block needs most besides the residual stream.
 
         Args:
           tokens: of the step, T.
           held: tokens that a head reads from the cache.
-          channels: of the queries of all heads.
+          geometry: rows and heads.
         """
+        channels = geometry.num_heads * geometry.head_dim
+        normed = self.itemsize * 2 * tokens  # queries and keys
+        if self.shape.rotary:
+            normed = (2 * FLOAT32 + self.itemsize) * tokens
+        apart = 3 * tokens  # queries, keys and values as their product leaves them
         joined = held + tokens
-        queries_keys, apart = 2 * tokens, 3 * tokens  # normed; as the product leaves them
-        attention = channels * (queries_keys + joined + max(apart, joined))
-        feed_forward = tokens * (2 * self.shape.width + self.shape.hidden)
-        return self.itemsize * max(attention, feed_forward)
+        attention = channels * (normed + self.itemsize * (joined + max(apart, joined)))
+        feed_forward = self.itemsize * tokens * (2 * self.shape.width + self.shape.hidden)
+        logits = FLOAT32 * geometry.rows * geometry.num_heads * tokens * joined
+        weights = 2 * min(self.logits_bytes, logits)  # and the probabilities
+        return max(geometry.rows * attention + weights, geometry.rows * feed_forward)
 
-    def head(self, tokens: int, rows_per_picture: int) -> int:
-        """Return what the head and drawing need most for one picture.
+    def head(self, tokens: int, pictures: int, rows_per_picture: int) -> int:
+        """Return what the head and drawing need most.
 
-        These are the logits of all rows, then the guided ones, sorted, their probabilities and the
-        random numbers.
+        These are the logits of all rows and the guided ones; then the guided ones, sorted, their
+        probabilities and the random numbers.
         """
-        guided = max(rows_per_picture + 1, 4)
-        return FLOAT32 * self.shape.choices * tokens * guided
+        copies = max(rows_per_picture + 1, 4)
+        return FLOAT32 * self.shape.choices * tokens * pictures * copies
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,7 @@ class StepShares:
 
 
 def step_shares(
-    plan: RetentionPlan, step: int, geometry: CacheGeometry, pictures: int, own: Activations
+    plan: RetentionPlan, step: int, geometry: CacheGeometry, pictures: int, work: Activations
 ) -> StepShares:
     """Return how a step is shared out.
 
@@ -86,22 +92,20 @@ def step_shares(
       plan: what is kept.
       step: the step.
       geometry: of the batch, on a mesh that of one device.
-      pictures: of the batch.
-      own: what the model needs.
+      pictures: of the batch, likewise.
+      work: what the model needs.
     """
-    tokens = plan.schedule.tokens[step]
-    blocks = parts(geometry.rows * block_bytes(plan, step, geometry, own), pictures)
+    blocks = parts(block_bytes(plan, step, geometry, work), pictures)
     if any(isinstance(row, OnlineRow) for row in plan.rows):
         blocks = 1  # what they keep, they decide for the whole batch
-    heads = parts(pictures * own.head(tokens, geometry.rows // pictures), pictures)
-    return StepShares(blocks, heads)
+    head = work.head(plan.schedule.tokens[step], pictures, geometry.rows // pictures)
+    return StepShares(blocks, parts(head, pictures))
 
 
-def block_bytes(plan: RetentionPlan, step: int, geometry: CacheGeometry, own: Activations) -> int:
-    """Return what a block needs at ``step`` for one batch row, in the layer that needs most."""
-    channels = geometry.num_heads * geometry.head_dim
+def block_bytes(plan: RetentionPlan, step: int, geometry: CacheGeometry, work: Activations) -> int:
+    """Return what the blocks need at ``step``: that of the layer which needs most."""
     held = max(_longest(row, step) for row in set(plan.rows))
-    return own.block(plan.schedule.tokens[step], held, channels)
+    return work.block(plan.schedule.tokens[step], held, geometry)
 
 
 def parts(size: int, pictures: int) -> int:

@@ -32,9 +32,11 @@ class BlockShape:
       choices: logits per token, over all its code axes.
       modulation: numbers per batch row which every block has of the condition, not counting what
         ``protocol.Model.held_bytes`` names.
+      rotary: queries and keys are turned by their positions, in float32.
     """
 
     width: int
     hidden: int
     choices: int
     modulation: int = 0
+    rotary: bool = False

@@ -93,7 +93,7 @@ class InfinityModel:
     def block_shape(self) -> BlockShape:
         """See ``protocol.Model.block_shape``."""
         config = self.transformer
-        return BlockShape(config.width, config.hidden, 2 * config.bits)
+        return BlockShape(config.width, config.hidden, 2 * config.bits, rotary=True)
 
     def picture_size(self, schedule: ScaleSchedule) -> tuple[int, int]:
         """Return (height, width) in pixels."""
