@@ -74,9 +74,7 @@ def predict(
     own = pictures if sampler.mesh is None else -(-pictures // sampler.mesh.data)
     geometry = sampler.geometry(own)
     rows = geometry.rows
-    weights = {
-        f"weights of the {part}": weight_bytes(model, part, sampler.dtype) for part in PARTS
-    }
+    weights = {f"weights of the {part}": weight_bytes(model, part, sampler.dtype) for part in PARTS}
     held = model.held_bytes(rows, condition, sampler.dtype)
     if work.shape.modulation:
         numbers = plan.num_layers * rows * work.shape.modulation
@@ -142,7 +140,7 @@ def device_limit() -> int | None:
 def check_memory(
     sampler: Sampler, pictures: int, condition: Any, limit: int | None, *, decode: bool = True
 ) -> None:
-    """Raise OutOfMemoryError, naming the batch that fits, if a batch needs more than ``limit`` bytes.
+    """Raise OutOfMemoryError, naming what fits, if a batch needs more than ``limit`` bytes.
 
     Nothing is checked where the limit is unknown, or where devices share the heads.
 

@@ -12,13 +12,13 @@ from jax.sharding import PartitionSpec as P
 
 from amskv_jax.attention import Attention, Implementation, choose_implementation, logits_bytes
 from amskv_jax.cache.layout import CacheLayout
+from amskv_jax.cache.parts import in_parts
 from amskv_jax.cache.stack import Observer, Take, apply_blocks
 from amskv_jax.cache.store import Store
 from amskv_jax.mesh import DATA, MeshShape, shards
 from amskv_jax.models.guidance import Controls, Guidance
 from amskv_jax.models.protocol import Model, Tokenizer
 from amskv_jax.numbers import numbers_of
-from amskv_jax.parts import in_parts
 from amskv_jax.plan.activations import Activations, StepShares, step_shares
 from amskv_jax.plan.memory import CacheGeometry
 from amskv_jax.plan.retention import RetentionPlan

@@ -10,12 +10,12 @@ from jax import lax
 
 from amskv_jax.attention import QKV, Attention, Implementation
 from amskv_jax.cache.layout import CacheLayout
+from amskv_jax.cache.parts import apart, together
 from amskv_jax.cache.store import Slots
 
 MAX_SCANS = 4
 """Runs of equal layers up to this number are scanned one by one. More would make the compiled
-program long, so all layers are then scanned at once and each picks its group's attention with a
-switch."""
+program long, so all layers are then scanned at once and each picks its group's attention."""
 
 Take = Callable[[Any], Any]
 """Returns some of the batch rows of a tree of arrays [rows, ...]."""
@@ -82,7 +82,7 @@ def apply_blocks(
       scan with leaves stacked over its layers.
     """
     assert parts == 1 or observe is None, "an observer sees all rows at once"
-    caches = jax.tree.map(lambda leaf: _apart(leaf, parts), caches)
+    caches = apart(caches, parts)
     observed = []
     for start, stop in _scans(layout.group_of):
         members = sorted(set(layout.group_of[start:stop]))
@@ -92,23 +92,17 @@ def apply_blocks(
             layer, branch, index = position
 
             def attention(part: jax.Array, local: Any, qkv: QKV) -> tuple[jax.Array, Any]:
-                def visit(member: int) -> Callable[..., Any]:
-                    slots = layout.groups[members[member]]
-
-                    def run(local: Any, index: jax.Array, qkv: Any) -> Any:
-                        seen = None
-                        if observe is not None:
-                            seen = observe(slots, local[member], index, step, qkv, scale)
-                        output, cache = slots.attend(
-                            local[member], index, step, qkv, scale, implementation
-                        )
-                        return output, (*local[:member], cache, *local[member + 1 :]), seen
-
-                    return run
-
-                branches = [visit(member) for member in range(len(members))]
                 place = index * parts + part
-                output, updated, seen = lax.switch(branch, branches, local, place, qkv)
+
+                def visit(member: int, cache: Any) -> Any:
+                    slots = layout.groups[members[member]]
+                    seen = None
+                    if observe is not None:
+                        seen = observe(slots, cache, place, step, qkv, scale)
+                    output, cache = slots.attend(cache, place, step, qkv, scale, implementation)
+                    return cache, (output, seen)
+
+                updated, (output, seen) = _one_of(visit, local, branch)
                 return output, (updated, seen)
 
             own = jax.tree.map(
@@ -148,23 +142,40 @@ def apply_blocks(
         observed.append(seen)
         updates = dict(zip(members, local, strict=True))
         caches = tuple(updates.get(group, cache) for group, cache in enumerate(caches))
-    return x, jax.tree.map(lambda leaf: _together(leaf, parts), caches), observed
+    return x, together(caches, parts), observed
 
 
-def _apart(leaf: jax.Array, parts: int) -> jax.Array:
-    """Return a buffer [layers, rows, ...] as one of every part's rows, [layers * parts, ...]."""
-    if parts == 1:
-        return leaf
-    layers, rows, *rest = leaf.shape
-    return leaf.reshape(layers * parts, rows // parts, *rest)
+def _one_of(
+    visit: Callable[[int, Any], tuple[Any, Any]], caches: tuple[Any, ...], chosen: jax.Array
+) -> tuple[tuple[Any, ...], Any]:
+    """Visit the cache of the group that is chosen while the program runs.
 
+    A loop of one round or none stands for each ``if``. XLA updates what a loop carries in place,
+    but a conditional copies every buffer that one of its branches writes to, all layers of all
+    groups, in every layer.
 
-def _together(leaf: jax.Array, parts: int) -> jax.Array:
-    """Undo ``_apart``."""
-    if parts == 1:
-        return leaf
-    layers, rows, *rest = leaf.shape
-    return leaf.reshape(layers // parts, rows * parts, *rest)
+    Args:
+      visit: maps a group's number and cache to the cache's new values and a result, whose shapes
+        are the same for all groups.
+      caches: of all groups.
+      chosen: the group, int32 scalar.
+
+    Returns:
+      The caches of all groups, and the result.
+    """
+    if len(caches) == 1:
+        cache, result = visit(0, caches[0])
+        return (cache,), result
+    shapes = jax.eval_shape(lambda cache: visit(0, cache)[1], caches[0])
+    result = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    updated = []
+    for group, cache in enumerate(caches):
+        rounds = (chosen == group).astype(jnp.int32)
+        cache, result = lax.fori_loop(
+            0, rounds, lambda _, carry, group=group: visit(group, carry[0]), (cache, result)
+        )
+        updated.append(cache)
+    return tuple(updated), result
 
 
 def _scans(group_of: tuple[int, ...]) -> list[tuple[int, int]]:
