@@ -172,12 +172,15 @@ def check_memory(
 
 
 def _decoding(sampler: Sampler, pictures: int) -> dict[str, int]:
-    """Return what decoding needs: latents and pictures of the batch, activations of some."""
+    """Return what decoding needs: latents and pictures of the batch, activations of some.
+
+    These are a layer's input and output, and what goes around it.
+    """
     model, schedule = sampler.model, sampler.plan.schedule
     height, width = model.picture_size(schedule)
     _, tokenizer = model.bind({part: {} for part in PARTS}, schedule, sampler.dtype)
     at_once = min(pictures, max(1, DECODED_BYTES // tokenizer.activation_bytes))
     return {
         "latents and pictures": pictures * (4 * prod(tokenizer.latent_shape) + 15 * height * width),
-        "activations of the decoder": 2 * at_once * tokenizer.activation_bytes,
+        "activations of the decoder": 3 * at_once * tokenizer.activation_bytes,
     }

@@ -12,10 +12,7 @@ from amskv_jax.attention import QKV, Attention, Implementation
 from amskv_jax.cache.layout import CacheLayout
 from amskv_jax.cache.parts import apart, together
 from amskv_jax.cache.store import Slots
-
-MAX_SCANS = 4
-"""Runs of equal layers up to this number are scanned one by one. More would make the compiled
-program long, so all layers are then scanned at once and each picks its group's attention."""
+from amskv_jax.plan.retention import MAX_SCANS
 
 Take = Callable[[Any], Any]
 """Returns some of the batch rows of a tree of arrays [rows, ...]."""

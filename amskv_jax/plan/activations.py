@@ -10,7 +10,7 @@ passes next to them.
 from dataclasses import dataclass
 
 from amskv_jax.plan.memory import CacheGeometry
-from amskv_jax.plan.retention import RetentionPlan
+from amskv_jax.plan.retention import MAX_SCANS, RetentionPlan
 from amskv_jax.plan.rows import Row
 from amskv_jax.plan.runtime_rows import OnlineRow
 from amskv_jax.plan.shape import BlockShape
@@ -40,13 +40,18 @@ class Activations:
         """Return the bytes of the residual stream: ``tokens`` of every batch row."""
         return FLOAT32 * self.shape.width * rows * tokens
 
-    def block(self, tokens: int, held: int, geometry: CacheGeometry) -> int:
+    def block(
+        self, tokens: int, held: int, geometry: CacheGeometry, *, picked: bool, folded: bool
+    ) -> int:
         """Return what a block needs most besides the residual stream.
 
         Args:
           tokens: of the step, T.
           held: tokens that a head reads from the cache.
           geometry: rows and heads.
+          picked: layers pick their group's attention while the program runs, so that queries, keys,
+            values and output are whole.
+          folded: heads are rows of their own, which transposes queries and output.
         """
         channels = geometry.num_heads * geometry.head_dim
         normed = self.itemsize * 2 * tokens  # queries and keys
@@ -54,7 +59,11 @@ class Activations:
             normed = (2 * FLOAT32 + self.itemsize) * tokens
         apart = 3 * tokens  # queries, keys and values as their product leaves them
         joined = held + tokens
-        attention = channels * (normed + self.itemsize * (joined + max(apart, joined)))
+        needed = joined + max(apart, joined)
+        if picked:
+            needed = max(needed, 3 * tokens + 2 * joined)  # values, outputs; joined
+        needed += 2 * tokens if folded else 0
+        attention = channels * (normed + self.itemsize * needed)
         feed_forward = self.itemsize * tokens * (2 * self.shape.width + self.shape.hidden)
         logits = FLOAT32 * geometry.rows * geometry.num_heads * tokens * joined
         weights = 2 * min(self.logits_bytes, logits)  # and the probabilities
@@ -104,8 +113,14 @@ def step_shares(
 
 def block_bytes(plan: RetentionPlan, step: int, geometry: CacheGeometry, work: Activations) -> int:
     """Return what the blocks need at ``step``: that of the layer which needs most."""
-    held = max(_longest(row, step) for row in set(plan.rows))
-    return work.block(plan.schedule.tokens[step], held, geometry)
+    rows = set(plan.rows)
+    return work.block(
+        plan.schedule.tokens[step],
+        max(max(_read(row, step)) for row in rows),
+        geometry,
+        picked=len(plan.runs) > MAX_SCANS and len(rows) > 1,
+        folded=any(len(set(_read(row, step))) > 1 for row in rows),
+    )
 
 
 def parts(size: int, pictures: int) -> int:
@@ -119,7 +134,10 @@ def parts(size: int, pictures: int) -> int:
     return next((count for count in large if size <= count * WORK_BYTES), large[-1])
 
 
-def _longest(row: Row, step: int) -> int:
-    """Return the tokens that the head reads which reads most: all heads are padded to it."""
+def _read(row: Row, step: int) -> list[int]:
+    """Return the tokens that are read from the cache: by every head, or once if all read as many.
+
+    Heads that read fewer than another are padded.
+    """
     heads = getattr(row, "heads", (row,))
-    return max(int(head.kept_tokens[step]) for head in heads)
+    return [int(head.kept_tokens[step]) for head in heads]
