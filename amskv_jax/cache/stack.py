@@ -166,10 +166,10 @@ def _one_of(
     shapes = jax.eval_shape(lambda cache: visit(0, cache)[1], caches[0])
     result = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     updated = []
-    for group, cache in enumerate(caches):
+    for group, before in enumerate(caches):
         rounds = (chosen == group).astype(jnp.int32)
         cache, result = lax.fori_loop(
-            0, rounds, lambda _, carry, group=group: visit(group, carry[0]), (cache, result)
+            0, rounds, lambda _, carry, group=group: visit(group, carry[0]), (before, result)
         )
         updated.append(cache)
     return tuple(updated), result
