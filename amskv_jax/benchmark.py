@@ -26,6 +26,9 @@ ARM_ENVIRONMENT = {
 }
 """What the process of an arm needs besides the environment of its parent."""
 
+ARM_DEFAULTS = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}  # JAX's own is 0.75
+"""What it gets unless the parent has it: an arm is alone on its device."""
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -107,8 +110,10 @@ def measure_in_new_process(
 
 @contextmanager
 def _environment() -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in ARM_ENVIRONMENT}
-    os.environ.update(ARM_ENVIRONMENT)
+    changed = ARM_DEFAULTS | {name: os.environ[name] for name in ARM_DEFAULTS.keys() & os.environ}
+    changed |= ARM_ENVIRONMENT
+    before = {name: os.environ.get(name) for name in changed}
+    os.environ.update(changed)
     try:
         yield
     finally:

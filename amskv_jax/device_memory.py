@@ -116,7 +116,9 @@ def weight_bytes(model: Model, part: str, dtype: str) -> int:
 
 
 def largest_batch(need: Callable[[int], int], limit: int) -> int:
-    """Return the most pictures of which this and all smaller numbers need at most ``limit``.
+    """Return the largest batch whose next larger one needs more than ``limit``; 0 if none fits.
+
+    Found by halving: where batches are taken in parts, one that shares out better may fit too.
 
     Args:
       need: bytes of a number of pictures.
@@ -166,6 +168,11 @@ def check_memory(
         if most
         else "not even one fits: take a policy that keeps less, or cache fewer bits (--cache-dtype)"
     )
+    if limit == device_limit():
+        advice += (
+            ". JAX takes three quarters of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION "
+            "says otherwise"
+        )
     raise OutOfMemoryError(
         f"{pictures} pictures at once need {needed}, and there are {byte_size(limit)}: {advice}"
     )

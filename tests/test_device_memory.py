@@ -184,6 +184,8 @@ def test_devices_are_asked(monkeypatch):
 
     monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
     assert device_limit() == 123
+    with pytest.raises(OutOfMemoryError, match="unless XLA_PYTHON_CLIENT_MEM_FRACTION says"):
+        check_memory(tiny(TINY_VAR), 2, None, device_limit())
 
 
 def test_memory_is_shown_by_term():

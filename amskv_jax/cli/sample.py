@@ -203,9 +203,9 @@ def sample(
         geometry = pipe.geometry(min(batch_size or BATCH, bulk.num))
         plan = request.plan(pipe.shape, geometry, statistics)
         print_plan(plan)
-        drawn = conditions or pipe.conditions(None)
+        wanted = conditions or pipe.conditions(None)
         sampler = pipe.sampler(plan, attention=attention.value)
-        one = drawn.batch(np.arange(1))
+        one = wanted.batch(np.arange(1))
         at_once = geometry.rows // pipe.geometry(1).rows
         check_memory(sampler, at_once, one, device_memory or device_limit())
         texts = {"prompt": prompt, "negative_prompt": negative_prompt}
@@ -214,7 +214,7 @@ def sample(
             bulk,
             pipe,
             place,
-            drawn,
+            wanted,
             plan,
             sampler,
             wanted=describe_wanted(labels, texts, named),
