@@ -84,12 +84,17 @@ def apply_blocks(
     for start, stop in _scans(layout.group_of):
         members = sorted(set(layout.group_of[start:stop]))
 
-        def body(carry: Any, position: QKV, members: list[int] = members) -> tuple[Any, Any]:
+        only = layout.index_in_group[start] if stop - start == 1 else None
+
+        def body(
+            carry: Any, position: QKV, members: list[int] = members, only: int | None = only
+        ) -> tuple[Any, Any]:
             x, local = carry
             layer, branch, index = position
+            own_index: Any = index if only is None else only
 
             def attention(part: jax.Array, local: Any, qkv: QKV) -> tuple[jax.Array, Any]:
-                place = index * parts + part
+                place = own_index if parts == 1 else own_index * parts + part
 
                 def visit(member: int, cache: Any) -> Any:
                     slots = layout.groups[members[member]]
