@@ -205,6 +205,7 @@ class Pipeline:
         *,
         forced: np.ndarray | None = None,
         decode: bool = True,
+        device_memory: int | None = None,
     ) -> Drawer:
         """Compile a sampler of this pipeline for batches; see ``drawing.Drawer``."""
         controls = self.controls(drawing, forced)
@@ -216,6 +217,7 @@ class Pipeline:
             batch,
             decode=decode,
             in_turns=self.low_memory,
+            device_memory=device_memory,
         )
 
     def sample(

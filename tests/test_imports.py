@@ -17,7 +17,7 @@ FOLDERS = {
     "amskv_jax": ROOT / "amskv_jax",
 }
 FLOORS = [
-    ["errors", "words", "precision", "schedule", "quantize"],
+    ["errors", "words", "precision", "schedule"],
     ["files", "resize", "numbers", "packed_weight"],
     ["shard_files"],
     ["attention", "similarity", "sampling", "mesh"],
@@ -28,6 +28,7 @@ FLOORS = [
     ["checkpoints"],
     ["convert", "text"],
     ["generate", "decode"],
+    ["device_memory"],
     ["drawing"],
     ["pipeline", "shards"],
     ["calibrate", "benchmark"],

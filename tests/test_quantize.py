@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from amskv_jax.quantize import CURVES, LONGEST, STARTS, TRIALS, Levels, pack, unpack
+from amskv_jax.numbers.quantize import CURVES, LONGEST, STARTS, TRIALS, Levels, pack, unpack
 
 BITS = (1, 2, 3, 4)
 LLOYD_MAX = {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497}

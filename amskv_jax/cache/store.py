@@ -18,6 +18,9 @@ from jax.typing import DTypeLike
 from amskv_jax.attention import QKV, Implementation
 from amskv_jax.numbers import Numbers
 
+LayerIndex = jax.Array | int
+"""One of the layers of buffers: int32 scalar, or known when the program is traced."""
+
 
 @struct.dataclass
 class KVCache:
@@ -66,7 +69,7 @@ class Store:
         return jnp.concatenate(keys, axis=1), jnp.concatenate(values, axis=1)
 
 
-def read(cache: Any, layer: jax.Array, slot: int, length: int, axis: int = 1) -> Any:
+def read(cache: Any, layer: LayerIndex, slot: int, length: int, axis: int = 1) -> Any:
     """Return ``length`` slots from ``slot`` on of one layer, along ``axis`` of every leaf."""
 
     def part(buffer: jax.Array) -> jax.Array:
@@ -78,12 +81,15 @@ def read(cache: Any, layer: jax.Array, slot: int, length: int, axis: int = 1) ->
     return jax.tree.map(part, cache)
 
 
-def write(cache: Any, layer: jax.Array, slot: int, part: Any, axis: int = 1) -> Any:
+def write(cache: Any, layer: LayerIndex, slot: int, part: Any, axis: int = 1) -> Any:
     """Return buffers with ``part`` in the slots from ``slot`` on of one layer."""
 
     def update(buffer: jax.Array, own: jax.Array) -> jax.Array:
         start: list[Any] = [layer, *[0] * (buffer.ndim - 1)]
         start[1 + axis] = slot
+        if len(buffer) == 1 and not isinstance(layer, int):
+            # XLA drops the index of an only layer, and with it the order that ``after`` gives.
+            own = jnp.where(layer > 0, jnp.zeros_like(own), own)
         return lax.dynamic_update_slice(buffer, own[None].astype(buffer.dtype), start)
 
     return jax.tree.map(update, cache, part)
@@ -109,7 +115,7 @@ def take(parts: Sequence[KVCache], chosen: jax.Array) -> KVCache:
     return jax.tree.map(gather, *parts)
 
 
-def after(output: jax.Array, layer: jax.Array, cache: Any) -> jax.Array:
+def after(output: jax.Array, layer: LayerIndex, cache: Any) -> Any:
     """Return ``layer``, but so that it is known no earlier than ``output``.
 
     A loop that reads a buffer and then writes to it does so in place only if XLA knows that reading
@@ -119,10 +125,13 @@ def after(output: jax.Array, layer: jax.Array, cache: Any) -> jax.Array:
 
     Args:
       output: [rows, T, heads, head_dim], computed from what was read.
-      layer: int32 scalar, a layer of the buffers.
+      layer: a layer of the buffers; an int where no loop goes over layers, whose order needs no
+        data if the buffers have but this one.
       cache: the buffers.
     """
     layers = len(jax.tree.leaves(cache)[0])
+    if layers == 1 and isinstance(layer, int):
+        return layer
     bit = (output[0, 0, 0, 0] > 0).astype(jnp.int32)
     return jnp.minimum(layer, layers - 1 + bit)
 
@@ -147,7 +156,8 @@ class Slots(Protocol):
 
         Args:
           cache: the buffers.
-          layer: which of the buffers' layers this is, int32 scalar.
+          layer: which of the buffers' layers this is: int32 scalar, or an int where no loop goes
+            over layers.
           step: the step, static.
           qkv: queries, keys and values of the step's own tokens, [rows, T, heads, head_dim] each.
           scale: factor of the logits.

@@ -30,6 +30,7 @@ from amskv_jax.cli.options import (
     Attention,
     CacheDtypeOption,
     CompilationCacheOption,
+    DeviceMemoryOption,
     Dtype,
     ForceOption,
     MeshOption,
@@ -149,6 +150,7 @@ def sample(
     share: ShareOption = None,
     distributed: DistributedOption = False,
     force: ForceOption = False,
+    device_memory: DeviceMemoryOption = None,
     compilation_cache: CompilationCacheOption = True,
 ) -> None:
     """Draw pictures of classes or prompts, with a cache that keeps what the policy says."""
@@ -177,6 +179,7 @@ def sample(
 
     from amskv_jax.attention import choose_implementation  # noqa: PLC0415
     from amskv_jax.cli.tables import print_memory, print_plan  # noqa: PLC0415
+    from amskv_jax.device_memory import check_memory, device_limit  # noqa: PLC0415
     from amskv_jax.drawing import Chosen  # noqa: PLC0415
     from amskv_jax.plan.memory import MemoryReport  # noqa: PLC0415
     from amskv_jax.plan.stats import LayerStats  # noqa: PLC0415
@@ -220,16 +223,21 @@ def sample(
         plan = request.plan(pipe.shape, geometry, statistics)
         if bulk.speaks:
             print_plan(plan)
+        conditions = conditions or pipe.conditions(None)
+        sampler = pipe.sampler(plan, attention=attention.value)
+        one = conditions.batch(np.arange(1))
+        at_once = geometry.rows // pipe.geometry(1).rows
+        if not low_memory:
+            check_memory(sampler, at_once, one, device_memory or device_limit())
         texts = {"prompt": prompt, "negative_prompt": negative_prompt}
         named = {"prompts": prompts, "text_features": text_features, "forced_codes": forced_codes}
-        conditions = conditions or pipe.conditions(None)
         draw_bulk(
             bulk,
             pipe,
             place,
             conditions,
             plan,
-            pipe.sampler(plan, attention=attention.value),
+            sampler,
             wanted=describe_wanted(labels, texts, named),
             forced=read_codes(forced_codes, len(conditions), bulk.num) if forced_codes else None,
             seed=seed,
@@ -264,11 +272,14 @@ def sample(
     if pipe.mesh:
         print_line(f"mesh of {pipe.mesh}: {pipe.mesh.size} devices, {batch} pictures at once")
 
+    limit = device_memory or device_limit()
+    for sampler in samplers.values():
+        check_memory(sampler, batch, conditions.batch(np.arange(batch)), limit)
     pipe = with_weights(pipe, place)
     captions = conditions.captions(pipe.classes)
     panels = {}
     for name, sampler in samplers.items():
-        tokens, pictures, seconds = _draw(pipe, sampler, conditions, controls, seed, batch)
+        tokens, pictures, seconds = _draw(pipe, sampler, conditions, controls, seed, batch, limit)
         size = byte_size(MemoryReport.of(sampler.plan, geometry).plan)
         drawn = f"{count} picture{'s'[: count > 1]} in {seconds:.2f} s"
         heading = f"{name}: cache of {size}, {drawn}"
@@ -296,6 +307,7 @@ def _draw(
     controls: "Controls",
     seed: int,
     batch: int,
+    limit: int | None,
 ) -> "tuple[np.ndarray, np.ndarray, float]":
     """Return tokens, pictures and the seconds they took; compiling comes before, and is printed."""
     import numpy as np  # noqa: PLC0415
@@ -304,7 +316,15 @@ def _draw(
 
     count = len(conditions)
     with explaining_memory(batch), progress("compiling") as update:
-        drawer = Drawer(sampler, pipe.params, conditions, controls, batch, in_turns=pipe.low_memory)
+        drawer = Drawer(
+            sampler,
+            pipe.params,
+            conditions,
+            controls,
+            batch,
+            in_turns=pipe.low_memory,
+            device_memory=limit,
+        )
         print_line(
             f"compiled in {drawer.compile_seconds:.1f} s, "
             f"{drawer.trace_seconds:.1f} s of it tracing"

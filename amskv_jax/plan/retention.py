@@ -27,6 +27,10 @@ ROWS: dict[str, Any] = {
 }
 """Name of every kind of row in JSON -> its class."""
 
+MAX_SCANS = 4
+"""Runs of equal layers up to this number are scanned one by one. More would make the compiled
+program long, so all layers are then scanned at once and each picks its group's attention."""
+
 
 class Run(NamedTuple):
     """Consecutive layers with equal rows."""

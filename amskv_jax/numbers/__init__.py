@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from amskv_jax.errors import UsageError
-from amskv_jax.quantize import Levels
+from amskv_jax.numbers.quantize import Levels
 
 
 class Numbers(Protocol):
