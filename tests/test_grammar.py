@@ -119,7 +119,7 @@ def test_what_is_spelled_is_read(name, data):
     ("text", "message"),
     [
         ("", "empty name: expected one such as full"),
-        ("lru", "unknown policy 'lru': expected full, ams, ams-online, window"),
+        ("lru", "unknown policy 'lru': expected full, ams, ams-fitted, ams-online"),
         ("plan.json", "a plan file is spelled explicit:path=plan.json"),
         ("ams:", "expected option=value after the colon, not ''; ams has the options c_min, c_max"),
         ("h2o:300", "not '300'; h2o has the options budget, recent, saving, bytes"),
