@@ -40,15 +40,22 @@ def choose_implementation(
         raise UsageError(f"unknown attention {implementation!r}: expected auto, cudnn or xla")
     device = jax.devices()[0]
     capability = getattr(device, "compute_capability", "0")
-    flash = (
+    capable = (
         device.platform == "gpu"
         and capability.replace(".", "").isdigit()
         and float(capability) >= 8.0
-        and jnp.dtype(dtype).itemsize == 2
-        and head_dim <= 128
-        and head_dim % 8 == 0
     )
-    return "cudnn" if flash else "xla"
+    return "cudnn" if capable and has_flash(dtype, head_dim) else "xla"
+
+
+def has_flash(dtype: jax.typing.DTypeLike, head_dim: int) -> bool:
+    """Return whether cuDNN's flash attention takes such numbers and heads."""
+    return jnp.dtype(dtype).itemsize == 2 and head_dim <= 128 and head_dim % 8 == 0
+
+
+def logits_bytes() -> int:
+    """Return the most bytes of logits that the XLA back end holds at once on this machine."""
+    return CPU_LOGITS_BYTES if jax.default_backend() == "cpu" else LOGITS_BYTES
 
 
 def attend(
@@ -82,8 +89,7 @@ def attend(
             implementation="cudnn",
             key_value_seq_lengths=lengths,
         )
-    bound = CPU_LOGITS_BYTES if jax.default_backend() == "cpu" else LOGITS_BYTES
-    queries = bound // (query.shape[2] * key.shape[1] * 4)
+    queries = logits_bytes() // (query.shape[2] * key.shape[1] * 4)
     if queries >= query.shape[0] * query.shape[1]:
         return _exact(query, key, value, scale, lengths)
 

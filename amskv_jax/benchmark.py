@@ -16,7 +16,7 @@ import numpy as np
 from amskv_jax.attention import choose_implementation
 from amskv_jax.checkpoints.initialize import random_params
 from amskv_jax.drawing import Drawer
-from amskv_jax.errors import AmskvError
+from amskv_jax.errors import OutOfMemoryError
 from amskv_jax.generate import Sampler, picture_keys
 from amskv_jax.mesh import put_on
 
@@ -25,10 +25,6 @@ ARM_ENVIRONMENT = {
     "JAX_ENABLE_COMPILATION_CACHE": "false",  # or it is not compiling that is timed
 }
 """What the process of an arm needs besides the environment of its parent."""
-
-
-class OutOfMemoryError(AmskvError):
-    """The device has too little memory for an arm of a benchmark."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from amskv_jax.decode import decode_pixels
+from amskv_jax.device_memory import check_memory, device_limit
 from amskv_jax.generate import Sampler, Samples, picture_keys
 from amskv_jax.mesh import DATA
 from amskv_jax.models.guidance import Controls
@@ -104,6 +105,7 @@ class Drawer:
         *,
         decode: bool = True,
         in_turns: bool = False,
+        device_memory: int | None = None,
     ) -> None:
         """Compile; may be called in any thread, as compilation leaves the interpreter free.
 
@@ -116,6 +118,11 @@ class Drawer:
           decode: make pictures of the latents.
           in_turns: put weights, which are the host's, on the device when they are used, and drop
             them afterwards.
+          device_memory: bytes that may be used of every device; what the device itself says if not
+            given, and anything where it says nothing.
+
+        Raises:
+          OutOfMemoryError: if a batch needs more, naming the largest that does not.
         """
         mesh = sampler.mesh
         batch = batch if mesh is None else mesh.filled(batch)
@@ -125,6 +132,8 @@ class Drawer:
         keys = jax.eval_shape(lambda: picture_keys(jax.random.key(0), batch))
         condition = conditions.batch(np.arange(batch))
         own = _of_pictures(controls, np.arange(batch))
+        limit = device_limit() if device_memory is None else device_memory
+        check_memory(sampler, batch, condition, limit, decode=decode, in_turns=in_turns)
         lowered = [sampler.lower(params, condition, keys, own)]
         if decode:
             latent = lowered[0].out_info.latent

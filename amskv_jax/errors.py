@@ -9,5 +9,9 @@ class UsageError(AmskvError):
     """A command or a function was called with arguments that can never work."""
 
 
+class OutOfMemoryError(AmskvError):
+    """A device has too little memory for what was asked of it."""
+
+
 class AmskvWarning(UserWarning):
     """Something was given that the library cannot take as it is; the message says what it does."""

@@ -1,6 +1,6 @@
 """Next-scale generation: one jitted function from conditions and keys to tokens and latents."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -10,14 +10,17 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import PartitionSpec as P
 
-from amskv_jax.attention import Attention, Implementation
+from amskv_jax.attention import Attention, Implementation, choose_implementation, logits_bytes
 from amskv_jax.cache.layout import CacheLayout
-from amskv_jax.cache.stack import Observer, apply_blocks
+from amskv_jax.cache.parts import in_parts
+from amskv_jax.cache.stack import Observer, Take, apply_blocks
 from amskv_jax.cache.store import Store
 from amskv_jax.mesh import DATA, MeshShape, shards
 from amskv_jax.models.guidance import Controls, Guidance
 from amskv_jax.models.protocol import Model, Tokenizer
 from amskv_jax.numbers import numbers_of
+from amskv_jax.plan.activations import Activations, StepShares, step_shares
+from amskv_jax.plan.memory import CacheGeometry
 from amskv_jax.plan.retention import RetentionPlan
 from amskv_jax.plan.shape import CacheShape
 from amskv_jax.sampling import TokenSampling, draw, filter_logits, smooth_mixture
@@ -89,6 +92,25 @@ class Sampler:
         if self.mesh is not None:
             self.mesh.check(self.shape.num_heads)
 
+    def geometry(self, pictures: int, shards: int = 1) -> CacheGeometry:
+        """Return what a cached token of a batch costs where so many devices share the heads."""
+        own = replace(self.shape, num_heads=self.shape.num_heads // shards)
+        numbers = self.cache_dtype or self.dtype
+        return CacheGeometry.of(own, pictures, numbers, self.guidance.rows_per_picture)
+
+    @property
+    def activations(self) -> Activations:
+        """What a step needs besides weights and cache, on JAX's default device."""
+        chosen = choose_implementation(self.attention, self.dtype, self.shape.head_dim)
+        logits = 0 if chosen == "cudnn" else logits_bytes()
+        return Activations(self.model.block_shape, jnp.dtype(self.dtype).itemsize, logits)
+
+    def shares(self, step: int, geometry: CacheGeometry, work: Activations) -> StepShares:
+        """Return in how many parts a step takes a batch; see ``plan.activations``."""
+        pictures = geometry.rows // self.guidance.rows_per_picture
+        share = step_shares(self.plan, step, geometry, pictures, work)
+        return share if self.observe is None else replace(share, blocks=1)
+
     @property
     def shape(self) -> CacheShape:
         """What the model caches."""
@@ -138,10 +160,9 @@ class Sampler:
         prepared = transformer.prepare(condition, guidance)
         store = Store(numbers_of(self.cache_dtype or self.dtype))
         layout = CacheLayout.of(self.plan, store, shards())
-        shape = self.shape
-        rows = batch * guidance.rows_per_picture
-        caches = layout.init(rows, shape.num_heads // shards(), shape.head_dim)
-        mixes = jnp.asarray(guidance.layer_flags(shape.num_layers))
+        geometry = self.geometry(batch, shards())
+        caches = layout.init(geometry.rows, geometry.num_heads, geometry.head_dim)
+        mixes = jnp.asarray(guidance.layer_flags(self.plan.num_layers))
 
         x = prepared.start
         latent = jnp.zeros((batch, *tokenizer.latent_shape), jnp.float32)
@@ -149,15 +170,19 @@ class Sampler:
         for step in range(schedule.num_scales):
             strength = controls.strength[step]
 
+            share = self.shares(step, geometry, self.activations)
+
             def block(
                 layer: Any,
                 x: jax.Array,
                 attention: Attention,
+                take: Take,
                 step: int = step,
                 strength: jax.Array = strength,
             ) -> tuple[jax.Array, Any]:
                 own, mixed = layer
-                x, carry = transformer.block(own, prepared.shared, x, step, attention)
+                own, shared = transformer.some_rows(own, prepared.shared, take)
+                x, carry = transformer.block(own, shared, x, step, attention)
                 if guidance.on_layers:
                     x = guidance.mix_rows(x, strength, mixed)
                 return x, carry
@@ -172,11 +197,26 @@ class Sampler:
                 scale=transformer.attention_scale,
                 implementation=self.attention,
                 observe=self.observe,
+                parts=share.blocks,
             )
             observed.append(seen)
-            logits = transformer.logits(x, prepared.shared) * (1 / controls.temperature[step])
-            logits = guidance.mix_logits(logits, strength)
-            drawn, entries = self._draw(tokenizer, keys, logits, controls.forced, step)
+
+            def head(
+                x: jax.Array,
+                shared: Any,
+                keys: jax.Array,
+                forced: jax.Array | None,
+                step: int = step,
+                strength: jax.Array = strength,
+            ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+                logits = transformer.logits(x, shared) * (1 / controls.temperature[step])
+                logits = guidance.mix_logits(logits, strength)
+                drawn, entries = self._draw(tokenizer, keys, logits, forced, step)
+                return drawn, entries, logits if self.trace else None
+
+            drawn, entries, logits = in_parts(
+                head, share.heads, x, prepared.shared, keys, controls.forced
+            )
             tokens.append(drawn)
             latent = tokenizer.accumulate(latent, entries, step)
             if step + 1 < schedule.num_scales:

@@ -78,7 +78,8 @@ def _sort(x: jax.Array) -> jax.Array:
         return bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative numbers are ordered the other way
 
     keys = exchange(lax.bitcast_convert_type(x, jnp.int32))
-    return lax.bitcast_convert_type(exchange(lax.sort(keys)), jnp.float32)
+    ascending = lax.sort(keys, is_stable=False)  # equal integers need no second operand to order
+    return lax.bitcast_convert_type(exchange(ascending), jnp.float32)
 
 
 def draw(keys: jax.Array, logits: jax.Array, sampling: TokenSampling) -> jax.Array:

@@ -18,9 +18,10 @@ from flax.traverse_util import unflatten_dict
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from shapes import model_of
 
-from amskv_jax.benchmark import OutOfMemoryError, measure
+from amskv_jax.benchmark import measure
 from amskv_jax.checkpoints.weights import storage_dtype
 from amskv_jax.drawing import Drawer
+from amskv_jax.errors import OutOfMemoryError
 from amskv_jax.generate import Sampler, picture_keys
 from amskv_jax.models.kinds import param_shapes
 from amskv_jax.pipeline import Pipeline

@@ -8,7 +8,7 @@ tokens of scale i; D width; ``*K`` the code axes of a token, () in VAR, (bits,) 
 choices per code; h x w x C the latent.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import jax
@@ -17,7 +17,7 @@ from flax import struct
 
 from amskv_jax.attention import Attention
 from amskv_jax.models.guidance import Controls, Drawing, Guidance
-from amskv_jax.plan.shape import CacheShape
+from amskv_jax.plan.shape import BlockShape, CacheShape
 from amskv_jax.schedule import ScaleSchedule
 
 
@@ -54,6 +54,16 @@ class Transformer(Protocol):
         """Map [rows, T, D] float32 to the next such and the carry of ``attention``.
 
         ``layer`` is ``Prepared.layers`` at one layer; ``step`` is static.
+        """
+        ...
+
+    def some_rows(self, layer: Any, shared: Any, take: Callable[[Any], Any]) -> tuple[Any, Any]:
+        """Return ``layer`` and ``shared``, as ``block`` takes them, of some batch rows alone.
+
+        Args:
+          layer: of all rows.
+          shared: of all rows; ``logits`` takes what comes of it too.
+          take: returns these rows of a tree of arrays [rows, ...].
         """
         ...
 
@@ -178,6 +188,11 @@ class Model(Protocol):
 
     def cache_shape(self, schedule: ScaleSchedule) -> CacheShape:
         """Return what is cached."""
+        ...
+
+    @property
+    def block_shape(self) -> BlockShape:
+        """How wide blocks and head are."""
         ...
 
     def picture_size(self, schedule: ScaleSchedule) -> tuple[int, int]:

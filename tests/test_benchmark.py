@@ -7,8 +7,9 @@ import jax
 import pytest
 
 from amskv_jax import benchmark
-from amskv_jax.benchmark import Measurement, OutOfMemoryError, measure, measure_in_new_process
+from amskv_jax.benchmark import Measurement, measure, measure_in_new_process
 from amskv_jax.checkpoints.initialize import random_params
+from amskv_jax.errors import OutOfMemoryError
 from amskv_jax.generate import Sampler
 from amskv_jax.policies import Full
 from amskv_jax.sampling import TokenSampling

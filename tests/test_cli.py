@@ -266,11 +266,14 @@ def test_compiled_programs_are_kept_unless_the_user_says_where(monkeypatch):
         return jax.config.jax_compilation_cache_dir
 
     before = jax.config.jax_compilation_cache_dir
+    seconds = jax.config.jax_persistent_cache_min_compile_time_secs
     try:
         monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
         assert folder_after(None) == "/caches/amskv_jax"
+        assert jax.config.jax_persistent_cache_min_compile_time_secs == 0
         assert folder_after("/own") == "/own"
         monkeypatch.delenv("XDG_CACHE_HOME")
         assert folder_after(None) == str(Path.home() / ".cache" / "amskv_jax")
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)

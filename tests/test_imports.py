@@ -28,6 +28,7 @@ FLOORS = [
     ["checkpoints"],
     ["convert", "text"],
     ["generate", "decode"],
+    ["device_memory"],
     ["drawing"],
     ["pipeline", "shards"],
     ["calibrate", "benchmark"],

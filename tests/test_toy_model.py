@@ -22,7 +22,7 @@ from amskv_jax.generate import Sampler, picture_keys
 from amskv_jax.models.guidance import UNGUIDED, Controls, Drawing, Guidance, per_scale
 from amskv_jax.models.protocol import Prepared
 from amskv_jax.pipeline import Pipeline
-from amskv_jax.plan.shape import CacheShape
+from amskv_jax.plan.shape import BlockShape, CacheShape
 from amskv_jax.policies import REGISTRY, Full
 from amskv_jax.sampling import TokenSampling
 from amskv_jax.schedule import ScaleSchedule
@@ -80,6 +80,9 @@ class ToyTransformer:
         query, key, value = jnp.split(qkv.reshape(*x.shape[:2], 3 * HEADS, -1), 3, axis=2)
         output, carry = attention(query, key, value)
         return x + output.reshape(x.shape) + 0.1 * step * layer["step"][None, None], carry
+
+    def some_rows(self, layer, shared, take):
+        return layer, take(shared)
 
     def next_input(self, features, step):
         own = self.params["positions"][None, SCHEDULE.slice(step)]
@@ -155,6 +158,10 @@ class ToyModel:
 
     def cache_shape(self, schedule: ScaleSchedule) -> CacheShape:
         return CacheShape(schedule, DEPTH, HEADS, WIDTH // HEADS)
+
+    @property
+    def block_shape(self) -> BlockShape:
+        return BlockShape(WIDTH, 0, DIGITS * CHOICES)
 
     def picture_size(self, schedule: ScaleSchedule) -> tuple[int, int]:
         return schedule.grids[-1]

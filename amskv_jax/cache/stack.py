@@ -4,21 +4,23 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from amskv_jax.attention import QKV, Attention, Implementation
 from amskv_jax.cache.layout import CacheLayout
+from amskv_jax.cache.parts import apart, together
 from amskv_jax.cache.store import Slots
 from amskv_jax.packed_weight import widened
+from amskv_jax.plan.retention import MAX_SCANS
 
-MAX_SCANS = 4
-"""Runs of equal layers up to this number are scanned one by one. More would make the compiled
-program long, so all layers are then scanned at once and each picks its group's attention with a
-switch."""
+Take = Callable[[Any], Any]
+"""Returns some of the batch rows of a tree of arrays [rows, ...]."""
 
-Block = Callable[[Any, jax.Array, Attention], tuple[jax.Array, Any]]
-"""Maps one layer's weights, its input and an attention to its output and the attention's carry."""
+Block = Callable[[Any, jax.Array, Attention, Take], tuple[jax.Array, Any]]
+"""Maps one layer's weights, its input [some rows, T, width], an attention, and what takes these
+rows of anything else, to its output and the attention's carry."""
 
 
 class Observer(Protocol):
@@ -54,6 +56,7 @@ def apply_blocks(
     scale: float,
     implementation: Implementation,
     observe: Observer | None = None,
+    parts: int = 1,
 ) -> tuple[jax.Array, tuple[Any, ...], list[Any]]:
     """Run all blocks on the tokens of one scale.
 
@@ -68,12 +71,17 @@ def apply_blocks(
       step: the step, static.
       scale: factor of the attention logits.
       implementation: attention back end.
-      observe: see ``Observer``.
+      observe: see ``Observer``; it sees all rows at once.
+      parts: every block takes the batch rows in so many parts of equal size, one after the other,
+        so that its activations are of one part alone. Layers which decide for all rows at once
+        (``cache.online``) need 1.
 
     Returns:
       The output of the last block, the updated caches, and what ``observe`` returned, one entry per
       scan with leaves stacked over its layers.
     """
+    assert parts == 1 or observe is None, "an observer sees all rows at once"
+    caches = apart(caches, parts)
     observed = []
     for start, stop in _scans(layout.group_of):
         members = sorted(set(layout.group_of[start:stop]))
@@ -82,27 +90,18 @@ def apply_blocks(
             x, local = carry
             layer, branch, index = position
 
-            def attention(
-                query: jax.Array, key: jax.Array, value: jax.Array
-            ) -> tuple[jax.Array, Any]:
-                qkv = query, key, value
+            def attention(part: jax.Array, local: Any, qkv: QKV) -> tuple[jax.Array, Any]:
+                place = index * parts + part
 
-                def visit(member: int) -> Callable[..., Any]:
+                def visit(member: int, cache: Any) -> Any:
                     slots = layout.groups[members[member]]
+                    seen = None
+                    if observe is not None:
+                        seen = observe(slots, cache, place, step, qkv, scale)
+                    output, cache = slots.attend(cache, place, step, qkv, scale, implementation)
+                    return cache, (output, seen)
 
-                    def run(local: Any, index: jax.Array, qkv: Any) -> Any:
-                        seen = None
-                        if observe is not None:
-                            seen = observe(slots, local[member], index, step, qkv, scale)
-                        output, cache = slots.attend(
-                            local[member], index, step, qkv, scale, implementation
-                        )
-                        return output, (*local[:member], cache, *local[member + 1 :]), seen
-
-                    return run
-
-                branches = [visit(member) for member in range(len(members))]
-                output, updated, seen = lax.switch(branch, branches, local, index, qkv)
+                updated, (output, seen) = _one_of(visit, local, branch)
                 return output, (updated, seen)
 
             own = widened(
@@ -110,8 +109,28 @@ def apply_blocks(
                     lambda leaf: lax.dynamic_index_in_dim(leaf, layer, keepdims=False), weights
                 )
             )
-            x, (local, seen) = block(own, x, attention)
-            return (x, local), seen
+
+            def run_part(part: jax.Array, carry: Any) -> tuple[Any, Any]:
+                x, local = carry
+                size = len(x) // parts
+
+                def take(tree: Any) -> Any:
+                    if parts == 1:
+                        return tree
+                    return jax.tree.map(
+                        lambda leaf: lax.dynamic_slice_in_dim(leaf, part * size, size), tree
+                    )
+
+                some, (local, seen) = block(
+                    own, take(x), lambda *qkv: attention(part, local, qkv), take
+                )
+                if parts > 1:
+                    some = lax.dynamic_update_slice_in_dim(x, some, part * size, 0)
+                return (some, local), seen
+
+            if parts == 1:
+                return run_part(jnp.int32(0), (x, local))
+            return lax.fori_loop(0, parts, lambda *part: run_part(*part)[0], (x, local)), None
 
         positions = np.array(
             [
@@ -124,7 +143,40 @@ def apply_blocks(
         observed.append(seen)
         updates = dict(zip(members, local, strict=True))
         caches = tuple(updates.get(group, cache) for group, cache in enumerate(caches))
-    return x, caches, observed
+    return x, together(caches, parts), observed
+
+
+def _one_of(
+    visit: Callable[[int, Any], tuple[Any, Any]], caches: tuple[Any, ...], chosen: jax.Array
+) -> tuple[tuple[Any, ...], Any]:
+    """Visit the cache of the group that is chosen while the program runs.
+
+    A loop of one round or none stands for each ``if``. XLA updates what a loop carries in place,
+    but a conditional copies every buffer that one of its branches writes to, all layers of all
+    groups, in every layer.
+
+    Args:
+      visit: maps a group's number and cache to the cache's new values and a result, whose shapes
+        are the same for all groups.
+      caches: of all groups.
+      chosen: the group, int32 scalar.
+
+    Returns:
+      The caches of all groups, and the result.
+    """
+    if len(caches) == 1:
+        cache, result = visit(0, caches[0])
+        return (cache,), result
+    shapes = jax.eval_shape(lambda cache: visit(0, cache)[1], caches[0])
+    result = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    updated = []
+    for group, before in enumerate(caches):
+        rounds = (chosen == group).astype(jnp.int32)
+        cache, result = lax.fori_loop(
+            0, rounds, lambda _, carry, group=group: visit(group, carry[0]), (before, result)
+        )
+        updated.append(cache)
+    return tuple(updated), result
 
 
 def _scans(group_of: tuple[int, ...]) -> list[tuple[int, int]]:

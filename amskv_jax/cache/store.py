@@ -84,6 +84,9 @@ def write(cache: Any, layer: jax.Array, slot: int, part: Any, axis: int = 1) -> 
     def update(buffer: jax.Array, own: jax.Array) -> jax.Array:
         start: list[Any] = [layer, *[0] * (buffer.ndim - 1)]
         start[1 + axis] = slot
+        if len(buffer) == 1:
+            # XLA drops the index of an only layer, and with it the order that ``after`` gives.
+            own = jnp.where(layer > 0, jnp.zeros_like(own), own)
         return lax.dynamic_update_slice(buffer, own[None].astype(buffer.dtype), start)
 
     return jax.tree.map(update, cache, part)

@@ -69,7 +69,8 @@ def bench(
     import jax  # noqa: PLC0415
 
     from amskv_jax import __version__  # noqa: PLC0415
-    from amskv_jax.benchmark import OutOfMemoryError, measure_in_new_process  # noqa: PLC0415
+    from amskv_jax.benchmark import measure_in_new_process  # noqa: PLC0415
+    from amskv_jax.errors import OutOfMemoryError  # noqa: PLC0415
     from amskv_jax.mesh import MeshShape  # noqa: PLC0415
     from amskv_jax.plan.stats import LayerStats  # noqa: PLC0415
 

@@ -10,7 +10,7 @@ import typer
 from amskv_jax.checkpoints.embedded import find_checkpoint, find_stats
 from amskv_jax.cli.console import print_error
 from amskv_jax.errors import AmskvError, UsageError
-from amskv_jax.words import read_ranges
+from amskv_jax.words import read_bytes, read_ranges
 
 
 class Dtype(StrEnum):
@@ -53,6 +53,14 @@ def _cached_as(name: str) -> str:
 
     numbers_of(name)
     return name
+
+
+def _read_size(text: str) -> int:
+    """Read bytes of an option."""
+    try:
+        return read_bytes(text)
+    except ValueError as error:
+        raise UsageError(f"{text!r}: {error}") from error
 
 
 CheckpointOption = Annotated[
@@ -120,7 +128,24 @@ MeshOption = Annotated[
         metavar="data=N,model=M",
     ),
 ]
+LowMemoryOption = Annotated[
+    bool,
+    typer.Option(
+        "--low-memory",
+        help="For a device with little memory: text encoder, transformer and decoder are on it one "
+        "after the other, and the transformer's weights in 8 bits, as `amskv pack` makes them.",
+    ),
+]
 ManyOption = Annotated[int, typer.Option("--batch-size", min=1, help="Pictures generated at once.")]
+DeviceMemoryOption = Annotated[
+    int | None,
+    typer.Option(
+        "--device-memory",
+        help="Memory that may be used of every device, such as 80GiB.",
+        parser=finding(_read_size),
+        metavar="SIZE",
+    ),
+]
 CompilationCacheOption = Annotated[
     bool,
     typer.Option(

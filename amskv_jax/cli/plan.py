@@ -8,7 +8,15 @@ import typer
 from amskv_jax.checkpoints.embedded import find_checkpoint
 from amskv_jax.cli.console import print_line, progress
 from amskv_jax.cli.files import check_outputs, check_suffix
-from amskv_jax.cli.options import CacheDtypeOption, Dtype, ForceOption, StatsOption, finding
+from amskv_jax.cli.options import (
+    CacheDtypeOption,
+    DeviceMemoryOption,
+    Dtype,
+    ForceOption,
+    LowMemoryOption,
+    StatsOption,
+    finding,
+)
 from amskv_jax.cli.policy import PlanFileOption, PolicyOption, choose_policy
 from amskv_jax.cli.wanted import (
     AspectOption,
@@ -44,6 +52,14 @@ def plan(
     size: SizeOption = None,
     cfg: CfgOption = None,
     stats: StatsOption = None,
+    device_memory: DeviceMemoryOption = None,
+    low_memory: LowMemoryOption = False,
+    find_largest: Annotated[
+        bool,
+        typer.Option(
+            "--largest-batch", help="Say how many pictures at once --device-memory has room for."
+        ),
+    ] = False,
     save: Annotated[Path | None, typer.Option(help="Write the plan here (.json).")] = None,
     plot: Annotated[
         Path | None,
@@ -54,12 +70,22 @@ def plan(
     """Show which scales every layer keeps at every step, and the memory this takes."""
     check_suffix(plot, {".png", ".svg", ".pdf"})
     check_outputs(save, plot, force=force)
+    if find_largest and device_memory is None:
+        raise UsageError("--largest-batch needs --device-memory")
+    if low_memory and device_memory is None:
+        raise UsageError("--low-memory needs --device-memory")
     request = choose_policy(policy, plan_file)
 
-    from amskv_jax.cli.tables import print_memory, print_plan  # noqa: PLC0415
+    from amskv_jax.cli.tables import print_device_memory, print_memory, print_plan  # noqa: PLC0415
+    from amskv_jax.device_memory import (  # noqa: PLC0415
+        DeviceMemory,
+        largest_batch,
+        predict_on_gpu,
+    )
     from amskv_jax.plan.stats import LayerStats  # noqa: PLC0415
     from amskv_jax.policies import AMSKV, Full  # noqa: PLC0415
     from amskv_jax.reports.plots import save_plan_plot  # noqa: PLC0415
+    from amskv_jax.words import byte_size  # noqa: PLC0415
 
     wanted = {"aspect": aspect, "size": size, "cache_dtype": cache_dtype, "cfg": cfg}
     if model is not None and checkpoint is None:
@@ -77,6 +103,20 @@ def plan(
     print_plan(made)
     held = pipe.model.held_bytes(geometry.rows, None, dtype.value)
     print_memory(plans, geometry, batch, dtype.value, held)
+    if device_memory is not None:
+
+        def predicted(pictures: int) -> DeviceMemory:
+            own = request.plan(shape, pipe.geometry(pictures), statistics)
+            return predict_on_gpu(pipe.sampler(own), pictures, in_turns=low_memory)
+
+        print_device_memory(predicted(batch), batch, device_memory)
+        if find_largest:
+            most = largest_batch(lambda count: predicted(count).total, device_memory)
+            taken = byte_size(predicted(most).total) if most else "nothing"
+            print_line(
+                f"The largest batch within {byte_size(device_memory)}: {most} "
+                f"picture{'s'[: most != 1]} at once, which take {taken}."
+            )
     if save:
         with replacing(save) as temporary:
             temporary.write_text(made.to_json(), encoding="utf-8")

@@ -30,8 +30,10 @@ from amskv_jax.cli.options import (
     Attention,
     CacheDtypeOption,
     CompilationCacheOption,
+    DeviceMemoryOption,
     Dtype,
     ForceOption,
+    LowMemoryOption,
     MeshOption,
     SeedOption,
     StatsOption,
@@ -128,15 +130,7 @@ def sample(
     cache_dtype: CacheDtypeOption = None,
     attention: Annotated[Attention, typer.Option(help="Attention back end.")] = Attention.AUTO,
     mesh: MeshOption = None,
-    low_memory: Annotated[
-        bool,
-        typer.Option(
-            "--low-memory",
-            help="For a device with little memory: text encoder, transformer and decoder are on it "
-            "one after the other, and the transformer's weights in 8 bits, as `amskv pack` makes "
-            "them.",
-        ),
-    ] = False,
+    low_memory: LowMemoryOption = False,
     stats: StatsOption = None,
     save_tokens: Annotated[
         Path | None, typer.Option(help="Write tokens, labels and seed here (.npz).")
@@ -149,6 +143,7 @@ def sample(
     share: ShareOption = None,
     distributed: DistributedOption = False,
     force: ForceOption = False,
+    device_memory: DeviceMemoryOption = None,
     compilation_cache: CompilationCacheOption = True,
 ) -> None:
     """Draw pictures of classes or prompts, with a cache that keeps what the policy says."""
@@ -177,6 +172,7 @@ def sample(
 
     from amskv_jax.attention import choose_implementation  # noqa: PLC0415
     from amskv_jax.cli.tables import print_memory, print_plan  # noqa: PLC0415
+    from amskv_jax.device_memory import check_memory, device_limit  # noqa: PLC0415
     from amskv_jax.drawing import Chosen  # noqa: PLC0415
     from amskv_jax.plan.memory import MemoryReport  # noqa: PLC0415
     from amskv_jax.plan.stats import LayerStats  # noqa: PLC0415
@@ -220,16 +216,21 @@ def sample(
         plan = request.plan(pipe.shape, geometry, statistics)
         if bulk.speaks:
             print_plan(plan)
+        conditions = conditions or pipe.conditions(None)
+        sampler = pipe.sampler(plan, attention=attention.value)
+        one = conditions.batch(np.arange(1))
+        at_once = geometry.rows // pipe.geometry(1).rows
+        limit = device_memory or device_limit()
+        check_memory(sampler, at_once, one, limit, in_turns=low_memory)
         texts = {"prompt": prompt, "negative_prompt": negative_prompt}
         named = {"prompts": prompts, "text_features": text_features, "forced_codes": forced_codes}
-        conditions = conditions or pipe.conditions(None)
         draw_bulk(
             bulk,
             pipe,
             place,
             conditions,
             plan,
-            pipe.sampler(plan, attention=attention.value),
+            sampler,
             wanted=describe_wanted(labels, texts, named),
             forced=read_codes(forced_codes, len(conditions), bulk.num) if forced_codes else None,
             seed=seed,
@@ -264,11 +265,15 @@ def sample(
     if pipe.mesh:
         print_line(f"mesh of {pipe.mesh}: {pipe.mesh.size} devices, {batch} pictures at once")
 
+    limit = device_memory or device_limit()
+    for sampler in samplers.values():
+        condition = conditions.batch(np.arange(batch))
+        check_memory(sampler, batch, condition, limit, in_turns=low_memory)
     pipe = with_weights(pipe, place)
     captions = conditions.captions(pipe.classes)
     panels = {}
     for name, sampler in samplers.items():
-        tokens, pictures, seconds = _draw(pipe, sampler, conditions, controls, seed, batch)
+        tokens, pictures, seconds = _draw(pipe, sampler, conditions, controls, seed, batch, limit)
         size = byte_size(MemoryReport.of(sampler.plan, geometry).plan)
         drawn = f"{count} picture{'s'[: count > 1]} in {seconds:.2f} s"
         heading = f"{name}: cache of {size}, {drawn}"
@@ -296,6 +301,7 @@ def _draw(
     controls: "Controls",
     seed: int,
     batch: int,
+    limit: int | None,
 ) -> "tuple[np.ndarray, np.ndarray, float]":
     """Return tokens, pictures and the seconds they took; compiling comes before, and is printed."""
     import numpy as np  # noqa: PLC0415
@@ -304,7 +310,15 @@ def _draw(
 
     count = len(conditions)
     with explaining_memory(batch), progress("compiling") as update:
-        drawer = Drawer(sampler, pipe.params, conditions, controls, batch, in_turns=pipe.low_memory)
+        drawer = Drawer(
+            sampler,
+            pipe.params,
+            conditions,
+            controls,
+            batch,
+            in_turns=pipe.low_memory,
+            device_memory=limit,
+        )
         print_line(
             f"compiled in {drawer.compile_seconds:.1f} s, "
             f"{drawer.trace_seconds:.1f} s of it tracing"

@@ -8,6 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from amskv_jax.cli.console import make_console, print_line
+from amskv_jax.device_memory import DeviceMemory
 from amskv_jax.plan.memory import CacheGeometry, MemoryReport
 from amskv_jax.plan.retention import RetentionPlan, layers_by_row
 from amskv_jax.words import byte_size, decimal, number_ranges
@@ -78,6 +79,20 @@ def print_memory(
         print_line(f"Besides, {what} take {byte_size(size)}.")
     if unguided:
         print_line("The reference draws two rows per picture all the same; here it is given one.")
+
+
+def print_device_memory(needed: DeviceMemory, batch: int, limit: int) -> None:
+    """Print what drawing a batch needs of a device that has ``limit`` bytes, term by term."""
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("on the device")
+    for column in ("size", "share"):
+        table.add_column(column, justify="right")
+    for name, size in [*needed.terms.items(), ("all", needed.total)]:
+        table.add_row(name, byte_size(size), f"{size / needed.total:.1%}")
+    fits = "fit" if needed.total <= limit else "do not fit"
+    print_line(f"To draw {batch} picture{'s'[: batch > 1]} at once on a GPU with fused attention:")
+    make_console().print(table)
+    print_line(f"They {fits} in {byte_size(limit)}.")
 
 
 def _scales(shares: np.ndarray) -> str:

@@ -24,6 +24,10 @@ FORMAT = "amskv_jax.retention_plan"
 ROWS: dict[str, Any] = {row.kind: row for row in (StaticRow, SelectingRow, HeadRow, OnlineRow)}
 """Name of every kind of row in JSON -> its class."""
 
+MAX_SCANS = 4
+"""Runs of equal layers up to this number are scanned one by one. More would make the compiled
+program long, so all layers are then scanned at once and each picks its group's attention."""
+
 
 class Run(NamedTuple):
     """Consecutive layers with equal rows."""

@@ -19,7 +19,7 @@ from amskv_jax.models.infinity.transformer import Infinity
 from amskv_jax.models.infinity.vae import BSQVAE
 from amskv_jax.models.protocol import Tokenizer, Transformer
 from amskv_jax.models.t5 import T5Config
-from amskv_jax.plan.shape import CacheShape
+from amskv_jax.plan.shape import BlockShape, CacheShape
 from amskv_jax.schedule import ScaleSchedule
 
 
@@ -88,6 +88,12 @@ class InfinityModel:
         """Return what is cached."""
         config = self.transformer
         return CacheShape(schedule, config.depth, config.num_heads, config.head_dim)
+
+    @property
+    def block_shape(self) -> BlockShape:
+        """See ``protocol.Model.block_shape``."""
+        config = self.transformer
+        return BlockShape(config.width, config.hidden, 2 * config.bits, rotary=True)
 
     def picture_size(self, schedule: ScaleSchedule) -> tuple[int, int]:
         """Return (height, width) in pixels."""

@@ -1,6 +1,7 @@
 """The Infinity transformer (arXiv 2412.04431), teacher-forced, and as generation uses it."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -209,6 +210,12 @@ class Infinity(nn.Module):
         return block.apply(
             {"params": layer.params}, x, layer.key, layer.value, shared, turns, attention
         )
+
+    def some_rows(
+        self, layer: Layer, shared: Shared, take: Callable[[Any], Any]
+    ) -> tuple[Layer, Shared]:
+        """Return what ``block`` takes of some batch rows alone."""
+        return Layer(layer.params, take(layer.key), take(layer.value)), take(shared)
 
     def next_input(self, features: jax.Array, step: int) -> jax.Array:
         """Return the input [rows, T, D] of a later scale from the tokenizer's [rows, T, bits]."""

@@ -13,7 +13,7 @@ from amskv_jax.models.var.config import VARConfig, VQVAEConfig
 from amskv_jax.models.var.labels import Labels
 from amskv_jax.models.var.transformer import VAR
 from amskv_jax.models.var.vqvae import VQVAE
-from amskv_jax.plan.shape import CacheShape
+from amskv_jax.plan.shape import BlockShape, CacheShape
 from amskv_jax.schedule import ScaleSchedule
 
 
@@ -75,6 +75,13 @@ class VARModel:
     def cache_shape(self, schedule: ScaleSchedule) -> CacheShape:
         """See ``protocol.Model.cache_shape``."""
         return replace(self.transformer.cache_shape, schedule=schedule)
+
+    @property
+    def block_shape(self) -> BlockShape:
+        """See ``protocol.Model.block_shape``."""
+        config = self.transformer
+        hidden = round(config.width * config.mlp_ratio)
+        return BlockShape(config.width, hidden, config.vocab_size, 6 * config.width)
 
     def picture_size(self, schedule: ScaleSchedule) -> tuple[int, int]:
         """See ``protocol.Model.picture_size``."""

@@ -1,6 +1,7 @@
 """The VAR transformer (arXiv 2404.02905): teacher-forced, and in the parts that generation uses."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -101,6 +102,11 @@ class VAR(nn.Module):
         module = Block(self.config, self.dtype, parent=None)
         result: tuple[jax.Array, Any] = module.apply({"params": params}, x, modulation, attention)
         return result
+
+    def some_rows(self, layer: Any, shared: Any, take: Callable[[Any], Any]) -> tuple[Any, Any]:
+        """See ``protocol.Transformer``."""
+        params, modulation = layer
+        return (params, take(modulation)), take(shared)
 
     def condition(self, labels: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return everything that depends on the class alone.
