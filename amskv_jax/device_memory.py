@@ -7,6 +7,7 @@ memory is free again; weights stay.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -181,15 +182,12 @@ def check_memory(
     """
     if limit is None or (sampler.mesh is not None and sampler.mesh.model > 1):
         return
-    how = {"decode": decode, "in_turns": in_turns}
-    needed = predict(sampler, pictures, condition, **how)
+    predicted = partial(predict, sampler, condition=condition, decode=decode, in_turns=in_turns)
+    needed = predicted(pictures)
     if needed.total <= limit:
         return
 
-    def need(count: int) -> int:
-        return predict(sampler, count, condition, **how).total
-
-    most = largest_batch(need, limit)
+    most = largest_batch(lambda count: predicted(count).total, limit)
     advice = (
         f"draw at most {most} at once (--batch-size {most})"
         if most
