@@ -7,6 +7,7 @@ memory is free again; weights stay.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -14,12 +15,12 @@ import jax
 import jax.numpy as jnp
 
 from amskv_jax.attention import LOGITS_BYTES, has_flash
-from amskv_jax.checkpoints.weights import storage_dtype
+from amskv_jax.checkpoints.weights import part_structs
 from amskv_jax.decode import DECODED_BYTES
 from amskv_jax.errors import OutOfMemoryError
 from amskv_jax.generate import Sampler
-from amskv_jax.models.kinds import param_shapes
 from amskv_jax.models.protocol import Model
+from amskv_jax.packed_weight import is_packed
 from amskv_jax.plan.activations import Activations, block_bytes
 from amskv_jax.plan.memory import MemoryReport
 from amskv_jax.words import byte_size
@@ -58,6 +59,7 @@ def predict(
     condition: Any | None = None,
     *,
     decode: bool = True,
+    in_turns: bool = False,
     work: Activations | None = None,
 ) -> DeviceMemory:
     """Return what one device needs to draw a batch.
@@ -67,6 +69,8 @@ def predict(
       pictures: of the batch.
       condition: of the batch; None for the largest there can be.
       decode: whether latents become pictures too.
+      in_turns: transformer and decoder are on the device one after the other, see
+        ``pipeline.load``'s ``low_memory``.
       work: what a step needs on the device; that of JAX's default device if not given.
     """
     model, plan = sampler.model, sampler.plan
@@ -74,12 +78,13 @@ def predict(
     own = pictures if sampler.mesh is None else -(-pictures // sampler.mesh.data)
     geometry = sampler.geometry(own)
     rows = geometry.rows
-    weights = {f"weights of the {part}": weight_bytes(model, part, sampler.dtype) for part in PARTS}
+    weights, decoder = _weights(model, sampler.dtype, in_turns)
     held = model.held_bytes(rows, condition, sampler.dtype)
     if work.shape.modulation:
         numbers = plan.num_layers * rows * work.shape.modulation
         held = {**held, "modulation of the blocks": numbers * work.itemsize}
-    drawing = {"cache": MemoryReport.of(plan, geometry).plan, **held}
+    held = {**weights, **held}
+    drawing = {**held, "cache": MemoryReport.of(plan, geometry).plan}
     last = plan.schedule.num_scales - 1
     phases = []
     for step, tokens in enumerate(plan.schedule.tokens):
@@ -94,25 +99,42 @@ def predict(
         left = drawing if step < last else held
         phases.append({**left, "residual stream": residual, "logits and drawing": logits})
     if decode:
-        phases.append(_decoding(sampler, own))
+        phases.append({**decoder, **_decoding(sampler, own)})
     most = max(phases, key=lambda terms: sum(terms.values()))
-    terms = {**weights, **{name: size for name, size in most.items() if size}}
+    terms = {name: size for name, size in most.items() if size}
     return DeviceMemory({**terms, "margin": int(MARGIN * sum(terms.values()))})
 
 
-def predict_on_gpu(sampler: Sampler, pictures: int) -> DeviceMemory:
+def predict_on_gpu(sampler: Sampler, pictures: int, *, in_turns: bool = False) -> DeviceMemory:
     """Return what an NVIDIA GPU needs to draw a batch, wherever this runs; see ``predict``."""
     flash = has_flash(sampler.dtype, sampler.shape.head_dim)
     logits = 0 if flash else LOGITS_BYTES
-    return predict(sampler, pictures, work=replace(sampler.activations, logits_bytes=logits))
+    work = replace(sampler.activations, logits_bytes=logits)
+    return predict(sampler, pictures, in_turns=in_turns, work=work)
+
+
+def _weights(model: Model, dtype: str, in_turns: bool) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the bytes of weights that are on a device while it draws, and while it decodes."""
+    if not in_turns:
+        both = {f"weights of the {part}": weight_bytes(model, part, dtype) for part in PARTS}
+        return both, both
+    structs = part_structs(model, "transformer", dtype, low_memory=True)
+    packed = [leaf for leaf in jax.tree.leaves(structs, is_leaf=is_packed) if is_packed(leaf)]
+    layer = sum(prod(leaf.shape[1:]) * jnp.dtype(leaf.dtype).itemsize for leaf in packed)
+    drawing = {
+        "weights of the transformer in 8 bits": _bytes(structs),
+        "weights of a layer in full": layer,
+    }
+    return drawing, {"weights of the tokenizer": weight_bytes(model, "tokenizer", dtype)}
 
 
 def weight_bytes(model: Model, part: str, dtype: str) -> int:
     """Return the bytes of a part's weights on a device."""
-    return sum(
-        prod(shape) * jnp.dtype(storage_dtype(path, dtype)).itemsize
-        for path, shape in param_shapes(model.parts[part]).items()
-    )
+    return _bytes(part_structs(model, part, dtype))
+
+
+def _bytes(structs: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(structs))
 
 
 def largest_batch(need: Callable[[int], int], limit: int) -> int:
@@ -140,7 +162,13 @@ def device_limit() -> int | None:
 
 
 def check_memory(
-    sampler: Sampler, pictures: int, condition: Any, limit: int | None, *, decode: bool = True
+    sampler: Sampler,
+    pictures: int,
+    condition: Any,
+    limit: int | None,
+    *,
+    decode: bool = True,
+    in_turns: bool = False,
 ) -> None:
     """Raise OutOfMemoryError, naming what fits, if a batch needs more than ``limit`` bytes.
 
@@ -152,17 +180,16 @@ def check_memory(
       condition: of the batch, arrays or structs of their shapes.
       limit: bytes at hand on every device; None if unknown.
       decode: whether latents become pictures too.
+      in_turns: see ``predict``.
     """
     if limit is None or (sampler.mesh is not None and sampler.mesh.model > 1):
         return
-    needed = predict(sampler, pictures, condition, decode=decode)
+    predicted = partial(predict, sampler, condition=condition, decode=decode, in_turns=in_turns)
+    needed = predicted(pictures)
     if needed.total <= limit:
         return
 
-    def need(count: int) -> int:
-        return predict(sampler, count, condition, decode=decode).total
-
-    most = largest_batch(need, limit)
+    most = largest_batch(lambda count: predicted(count).total, limit)
     advice = (
         f"draw at most {most} at once (--batch-size {most})"
         if most

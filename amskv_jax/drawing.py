@@ -133,8 +133,7 @@ class Drawer:
         condition = conditions.batch(np.arange(batch))
         own = _of_pictures(controls, np.arange(batch))
         limit = device_limit() if device_memory is None else device_memory
-        if not in_turns:  # what is needed is predicted for weights that are all there at once
-            check_memory(sampler, batch, condition, limit, decode=decode)
+        check_memory(sampler, batch, condition, limit, decode=decode, in_turns=in_turns)
         lowered = [sampler.lower(params, condition, keys, own)]
         if decode:
             latent = lowered[0].out_info.latent

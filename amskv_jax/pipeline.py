@@ -208,12 +208,11 @@ class Pipeline:
         device_memory: int | None = None,
     ) -> Drawer:
         """Compile a sampler of this pipeline for batches; see ``drawing.Drawer``."""
-        controls = self.controls(drawing, forced)
         return Drawer(
             sampler,
             self.params,
             conditions,
-            controls,
+            self.controls(drawing, forced),
             batch,
             decode=decode,
             in_turns=self.low_memory,

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from amskv_jax.shard_files import ShardFiles
-from amskv_jax.shards import draw_shards
+from amskv_jax.bulk.files import ShardFiles
+from amskv_jax.bulk.shards import draw_shards
 
 
 @dataclass

@@ -111,6 +111,22 @@ def test_terms_are_what_is_really_held():
     assert "keys and values of texts of 16 tokens" in texts
 
 
+def test_parts_that_take_turns_are_not_counted_together():
+    """And of the transformer, 8 bits and one layer in full."""
+    sampler = known("infinity-2b", "ams:saving=0.85", 1)
+    terms = predict_on_gpu(sampler, 1, in_turns=True).terms
+    whole = predict_on_gpu(sampler, 1).terms["weights of the transformer"]
+    assert {name for name in terms if name.startswith("weights")} == {
+        "weights of the transformer in 8 bits",
+        "weights of a layer in full",
+    }
+    packed = terms["weights of the transformer in 8 bits"]
+    assert 0.5 * whole < packed < 0.53 * whole
+    assert 0.9 * whole < 32 * terms["weights of a layer in full"] < whole
+    decoding = predict_on_gpu(known("var-d30", "window:window=10", 51), 51, in_turns=True).terms
+    assert {name for name in decoding if name.startswith("weights")} == {"weights of the tokenizer"}
+
+
 def test_the_decoder_counts_where_it_needs_most():
     terms = predict(known("var-d30", "window:window=10", 51), 51).terms
     assert "activations of the decoder" in terms
@@ -208,6 +224,8 @@ def test_plan_predicts_the_largest_batch(amskv):
 def test_largest_batch_needs_a_size(amskv):
     finished = amskv("plan", "--model", "var-d30", "--largest-batch")
     assert finished.code == 2 and "--largest-batch needs --device-memory" in finished.err
+    finished = amskv("plan", "--model", "var-d30", "--low-memory")
+    assert finished.code == 2 and "--low-memory needs --device-memory" in finished.err
     finished = amskv("plan", "--model", "var-d30", "--device-memory", "much")
     assert finished.code == 2 and "'much': expected bytes such as 2GiB" in finished.err
 

@@ -19,7 +19,6 @@ FOLDERS = {
 FLOORS = [
     ["errors", "words", "precision", "schedule"],
     ["files", "resize", "numbers", "packed_weight"],
-    ["shard_files"],
     ["attention", "similarity", "sampling", "mesh"],
     ["plan"],
     ["policies", "models"],
@@ -30,7 +29,7 @@ FLOORS = [
     ["generate", "decode"],
     ["device_memory"],
     ["drawing"],
-    ["pipeline", "shards"],
+    ["pipeline", "bulk"],
     ["calibrate", "benchmark"],
     ["training"],
     ["reports", "evaluation"],

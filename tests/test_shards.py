@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 from small_shards import BATCH, Batch, Run, Settings, contents
 
+from amskv_jax.bulk.files import ShardFiles
+from amskv_jax.bulk.shards import Progress
 from amskv_jax.errors import AmskvError, UsageError
 from amskv_jax.files import locked
-from amskv_jax.shard_files import ShardFiles
-from amskv_jax.shards import Progress
 
 
 @pytest.fixture(params=[False, True], ids=["npz", "png"])

@@ -23,12 +23,12 @@ from amskv_jax.models.guidance import Drawing
 if TYPE_CHECKING:
     import numpy as np
 
+    from amskv_jax.bulk.shards import Progress
     from amskv_jax.drawing import Batch, Drawer
     from amskv_jax.generate import Sampler
     from amskv_jax.models.protocol import Conditions
     from amskv_jax.pipeline import Pipeline
     from amskv_jax.plan.retention import RetentionPlan
-    from amskv_jax.shards import Progress
 
 BATCH = 64
 """Pictures drawn at once unless more or fewer are asked for."""
@@ -223,12 +223,12 @@ def draw_bulk(
       batch: pictures drawn at once.
 
     Raises:
-      AmskvError: see ``shards.draw_shards``.
+      AmskvError: see ``bulk.shards.draw_shards``.
     """
     import numpy as np  # noqa: PLC0415
 
-    from amskv_jax.shard_files import ShardFiles  # noqa: PLC0415
-    from amskv_jax.shards import draw_shards, make_folder, settle  # noqa: PLC0415
+    from amskv_jax.bulk.files import ShardFiles  # noqa: PLC0415
+    from amskv_jax.bulk.shards import draw_shards, make_folder, settle  # noqa: PLC0415
 
     size = pipe.model.picture_size(pipe.schedule)
     shard = bulk.shard or min(SHARD_PICTURES, max(1, SHARD_BYTES // (3 * size[0] * size[1])))

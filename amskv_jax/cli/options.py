@@ -128,6 +128,14 @@ MeshOption = Annotated[
         metavar="data=N,model=M",
     ),
 ]
+LowMemoryOption = Annotated[
+    bool,
+    typer.Option(
+        "--low-memory",
+        help="For a device with little memory: text encoder, transformer and decoder are on it one "
+        "after the other, and the transformer's weights in 8 bits, as `amskv pack` makes them.",
+    ),
+]
 ManyOption = Annotated[int, typer.Option("--batch-size", min=1, help="Pictures generated at once.")]
 DeviceMemoryOption = Annotated[
     int | None,

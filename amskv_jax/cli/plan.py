@@ -13,6 +13,7 @@ from amskv_jax.cli.options import (
     DeviceMemoryOption,
     Dtype,
     ForceOption,
+    LowMemoryOption,
     StatsOption,
     finding,
 )
@@ -52,6 +53,7 @@ def plan(
     cfg: CfgOption = None,
     stats: StatsOption = None,
     device_memory: DeviceMemoryOption = None,
+    low_memory: LowMemoryOption = False,
     find_largest: Annotated[
         bool,
         typer.Option(
@@ -70,6 +72,8 @@ def plan(
     check_outputs(save, plot, force=force)
     if find_largest and device_memory is None:
         raise UsageError("--largest-batch needs --device-memory")
+    if low_memory and device_memory is None:
+        raise UsageError("--low-memory needs --device-memory")
     request = choose_policy(policy, plan_file)
 
     from amskv_jax.cli.tables import print_device_memory, print_memory, print_plan  # noqa: PLC0415
@@ -103,7 +107,7 @@ def plan(
 
         def predicted(pictures: int) -> DeviceMemory:
             own = request.plan(shape, pipe.geometry(pictures), statistics)
-            return predict_on_gpu(pipe.sampler(own), pictures)
+            return predict_on_gpu(pipe.sampler(own), pictures, in_turns=low_memory)
 
         print_device_memory(predicted(batch), batch, device_memory)
         if find_largest:

@@ -33,6 +33,7 @@ from amskv_jax.cli.options import (
     DeviceMemoryOption,
     Dtype,
     ForceOption,
+    LowMemoryOption,
     MeshOption,
     SeedOption,
     StatsOption,
@@ -129,15 +130,7 @@ def sample(
     cache_dtype: CacheDtypeOption = None,
     attention: Annotated[Attention, typer.Option(help="Attention back end.")] = Attention.AUTO,
     mesh: MeshOption = None,
-    low_memory: Annotated[
-        bool,
-        typer.Option(
-            "--low-memory",
-            help="For a device with little memory: text encoder, transformer and decoder are on it "
-            "one after the other, and the transformer's weights in 8 bits, as `amskv pack` makes "
-            "them.",
-        ),
-    ] = False,
+    low_memory: LowMemoryOption = False,
     stats: StatsOption = None,
     save_tokens: Annotated[
         Path | None, typer.Option(help="Write tokens, labels and seed here (.npz).")
@@ -227,8 +220,8 @@ def sample(
         sampler = pipe.sampler(plan, attention=attention.value)
         one = conditions.batch(np.arange(1))
         at_once = geometry.rows // pipe.geometry(1).rows
-        if not low_memory:
-            check_memory(sampler, at_once, one, device_memory or device_limit())
+        limit = device_memory or device_limit()
+        check_memory(sampler, at_once, one, limit, in_turns=low_memory)
         texts = {"prompt": prompt, "negative_prompt": negative_prompt}
         named = {"prompts": prompts, "text_features": text_features, "forced_codes": forced_codes}
         draw_bulk(
@@ -274,7 +267,8 @@ def sample(
 
     limit = device_memory or device_limit()
     for sampler in samplers.values():
-        check_memory(sampler, batch, conditions.batch(np.arange(batch)), limit)
+        condition = conditions.batch(np.arange(batch))
+        check_memory(sampler, batch, condition, limit, in_turns=low_memory)
     pipe = with_weights(pipe, place)
     captions = conditions.captions(pipe.classes)
     panels = {}

@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from amskv_jax.attention import Implementation
+from amskv_jax.bulk.files import ShardFiles
+from amskv_jax.bulk.shards import draw_shards
 from amskv_jax.drawing import Batch
 from amskv_jax.errors import UsageError
 from amskv_jax.evaluation.comparison import Comparison, open_folder
@@ -24,8 +26,6 @@ from amskv_jax.generate import Sampler
 from amskv_jax.pipeline import Pipeline
 from amskv_jax.plan.stats import LayerStats
 from amskv_jax.policies.grammar import PolicyRequest
-from amskv_jax.shard_files import ShardFiles
-from amskv_jax.shards import draw_shards
 
 Update = Callable[[str, float], object]
 """Takes what is being done and the share that is done."""

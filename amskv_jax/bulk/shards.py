@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from amskv_jax.bulk.files import ShardFiles
 from amskv_jax.errors import AmskvError
 from amskv_jax.files import check_settings, locked, require_space, say
-from amskv_jax.shard_files import ShardFiles
 
 if TYPE_CHECKING:
     from amskv_jax.drawing import Batch

@@ -1,0 +1,1 @@
+"""Drawing many pictures into files, killed at any moment and going on where it was."""
