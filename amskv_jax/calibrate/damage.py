@@ -128,7 +128,7 @@ def measure_damage(
             known = BlockDamage(tuple(formats), tuple(rounds), count)
             bases.append(_base(pipe, known, savings[number - 1]))
         choices, row_bytes = bases[-1]
-        sums = _Sums(shape.schedule, len(formats))
+        sums = _Sums(shape.schedule)
         for start in range(0, count, batch):
             what = f"measuring round {number + 1} of {1 + len(savings)}"
             update(what, (number + start / count) / (1 + len(savings)))
@@ -165,15 +165,16 @@ def block_choices(
 class _Sums:
     """Sums over pictures of what choices do, in float64."""
 
-    def __init__(self, schedule: ScaleSchedule, formats: int) -> None:
-        self.schedule, self.formats = schedule, formats
+    def __init__(self, schedule: ScaleSchedule) -> None:
+        self.schedule = schedule
         self.linear: Any = 0.0
         self.curvature: Any = 0.0
         self.divergence, self.count = 0.0, 0
 
     def add(self, found: Effects, real: int) -> None:
         """Add the first ``real`` pictures of a batch."""
-        linear, score = (self._outcomes(x[:, :, :real]) for x in (found.linear, found.score))
+        both = (np.asarray(x)[:, :, :real] for x in (found.linear, found.score))
+        linear, score = map(self._outcomes, both)
         self.linear = self.linear + linear.sum(-1)
         self.curvature = self.curvature + (score**2).sum(-1)
         self.divergence += float(found.divergence[:real].sum())
