@@ -32,7 +32,7 @@ from amskv_jax.plan.mixed import MixedRow
 from amskv_jax.policies.optimal import allot_rows, block_lives
 from amskv_jax.schedule import ScaleSchedule
 
-FORMATS = ("bfloat16", "int8", "int4", "int3", "int2")
+FORMATS = ("bfloat16", "int8", "int4", "int3", "int2", "int1")
 """Formats that are offered, the most exact first."""
 SAVINGS = (0.85, 0.9, 0.95, 0.975)
 """Savings around whose plans damage is measured once more, as blocks act together."""

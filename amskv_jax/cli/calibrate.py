@@ -78,20 +78,21 @@ def calibrate(
         bool, typer.Option("--crop", help="Scale and crop real pictures of another size.")
     ] = False,
     formats: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Formats in which a block may be kept, the most exact first.",
+            help="Formats in which a block may be kept, the most exact first; if not given, "
+            "bfloat16 and all of whole numbers.",
             metavar="bfloat16,int8,...",
         ),
-    ] = "bfloat16,int8,int4,int3,int2",
+    ] = None,
     savings: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="Savings around whose best plans damage is measured once more, as blocks act "
-            "together; none for the full cache alone.",
+            "together; none for the full cache alone. If not given, four from 0.85 to 0.975.",
             metavar="0.85,0.9,...",
         ),
-    ] = "0.85,0.9,0.95,0.975",
+    ] = None,
     force: ForceOption = False,
     compilation_cache: CompilationCacheOption = True,
 ) -> None:
@@ -102,8 +103,7 @@ def calibrate(
     """
     check_suffix(out, {".npz"})
     check_outputs(out, force=force)
-    rungs = parse_savings(savings, "--savings")
-    offered = tuple(formats.split(","))
+    rungs = None if savings is None else parse_savings(savings, "--savings")
     if real is None and (real_prompts is not None or crop):
         raise UsageError("--real-prompts and --crop are of --real: give it, or leave them out")
     if real is not None and mesh is not None:
@@ -112,11 +112,12 @@ def calibrate(
     import jax  # noqa: PLC0415
 
     from amskv_jax.calibrate.attention import measure_attention  # noqa: PLC0415
-    from amskv_jax.calibrate.damage import measure_damage  # noqa: PLC0415
+    from amskv_jax.calibrate.damage import FORMATS, SAVINGS, measure_damage  # noqa: PLC0415
     from amskv_jax.drawing import Chosen  # noqa: PLC0415
     from amskv_jax.evaluation.score import encode  # noqa: PLC0415
     from amskv_jax.numbers import numbers_of  # noqa: PLC0415
 
+    offered = FORMATS if formats is None else tuple(formats.split(","))
     for name in offered:
         numbers_of(name)
     if compilation_cache:
@@ -152,15 +153,15 @@ def calibrate(
     if pictures is not None:
         pixels, shown, _ = pictures
         start = time.perf_counter()
-        with explaining_memory(batch), progress("making tokens") as update:
-            codes = encode(pipe, pixels, batch)
+        with explaining_memory(batch_size), progress("making tokens") as update:
+            codes = encode(pipe, pixels, batch_size)
             damage = measure_damage(
                 pipe,
                 codes,
                 shown,
-                batch=batch,
+                batch=batch_size,
                 formats=offered,
-                savings=rungs,
+                savings=SAVINGS if rungs is None else rungs,
                 seed=seed,
                 update=update,
             )
