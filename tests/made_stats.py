@@ -28,13 +28,13 @@ def make_stats(similarity, schedule=VAR_256, density=None, heads=1):
     return LayerStats(schedule, similarity, similarity, density, np.ones((layers, scales, 5)))
 
 
-def random_stats(seed, schedule, layers, heads=1):
+def random_stats(seed, schedule, layers, heads=1, damage=False):
     random = np.random.default_rng(seed)
     weights = np.tril(random.random((layers, schedule.num_scales, schedule.num_scales)) ** 4)
     density = weights / weights.sum(-1, keepdims=True)
     similarity = -random.random((layers, schedule.num_scales))
     made = make_stats(similarity, schedule, density, heads)
-    return replace(made, damage=random_damage(seed, schedule, layers, heads))
+    return replace(made, damage=random_damage(seed, schedule, layers, heads) if damage else None)
 
 
 def random_damage(seed, schedule, layers, heads, formats=("float32", "int8", "int4", "int2")):

@@ -35,7 +35,7 @@ class FakeDrawer:
     lock = threading.Lock()
     drawing: ClassVar = []
 
-    def __init__(self, sampler, params, conditions, controls, batch, *, decode=True):
+    def __init__(self, sampler, params, conditions, controls, batch, **how):
         self.slots = sum(row.capacity for row in sampler.plan.rows)
         assert not self.drawing
 

@@ -23,7 +23,7 @@ from amskv_jax.policies.grammar import (
 from amskv_jax.schedule import VAR_256
 
 SHAPE = cache_shape(VAR_256, 6, 1, 64)
-STATS = random_stats(0, VAR_256, 6)
+STATS = random_stats(0, VAR_256, 6, damage=True)
 GEOMETRY = CacheGeometry.of(SHAPE, 8, "float32", rows_per_picture=1)
 BUDGETED = [name for name, policy in REGISTRY.items() if has_budget(policy)]
 

@@ -191,7 +191,7 @@ def test_tokens_keep_the_codes_that_were_written_first_and_are_read_through_them
 
 def test_only_what_is_stored_is_coded():
     """What is rounded are one head's four tokens, though there are two heads and two formats."""
-    row = mixed_row(SMALL, [["int8", None, None], [None, "int4", None]])
+    row = mixed_row(SMALL, [["int4", None, None], [None, "int8", None]])
     slots = slots_of(row, SMALL, Store(NUMBERS["float32"]))
     qkv = (jnp.zeros((2, 4, 2, 16)),) * 3
     program = jax.make_jaxpr(slots.attend, static_argnums=(2, 4, 5))

@@ -286,4 +286,7 @@ def test_every_policy_draws_with_codes(number, policies):
         logits = np.asarray(forced(drawn.tokens, kept))
         np.testing.assert_allclose(logits[:, 0], exact[:, 0], rtol=1e-6)
         errors.append(np.sqrt(np.mean((logits - exact) ** 2)))
-    assert 0 < errors[0] <= errors[1] < np.std(exact)
+    if name == "optimal":  # its plans say in which formats
+        assert errors == [0, 0]
+    else:
+        assert 0 < errors[0] <= errors[1] < np.std(exact)

@@ -160,7 +160,7 @@ def test_only_chosen_cells_run(tmp_path):
 
 def test_cells_that_fail_do_not_stop_the_others(whole, tmp_path, monkeypatch):
     class Failing(small_study.FakeDrawer):
-        def __init__(self, sampler, params, conditions, controls, batch, *, decode=True):
+        def __init__(self, sampler, params, conditions, controls, batch, **how):
             if "sliding" in sampler.plan.note:
                 raise RuntimeError("RESOURCE_EXHAUSTED: too large\nand more")
             super().__init__(sampler, params, conditions, controls, batch)

@@ -268,7 +268,7 @@ def test_guidance_temperature_and_mixtures_reach_it(pipe):
 @pytest.mark.parametrize("name", [name for name in REGISTRY if name != "explicit"])
 def test_it_runs_under_every_policy(pipe, name):
     policy = REGISTRY[name](**POLICIES.get(name, {}))
-    stats = random_stats(0, SCHEDULE, DEPTH, HEADS)
+    stats = random_stats(0, SCHEDULE, DEPTH, HEADS, damage=True)
     plan = policy.plan(pipe.shape, stats)
     condition = pipe.conditions(None).batch(np.arange(2))
     keys = picture_keys(jax.random.key(0), 2)

@@ -42,7 +42,6 @@ def render_study(directory: Path | str, report: Path | str) -> None:
         "# What every policy costs in quality",
         "Written by `amskv study report`; do not edit.",
         *score_report(directory, results.settings["model"]),
-        "## What drawing shows",
         *_conditions(results),
         *_summary(results),
         f"![Frechet distance against the cache's bytes]({pictures.name}/pareto.png)",

@@ -57,10 +57,12 @@ def score_report(directory: Path, fingerprint: str) -> Iterator[str]:
             for (policy, numbers), record in ordered
         ],
     )
+    yield "## What drawing shows"
 
 
 def _figure(record: dict[str, float]) -> str:
-    return f"{record['mean'] + 0.0:.4f} ± {record['error']:.4f}"
+    mean = round(record["mean"], 4) + 0.0  # which is never minus zero
+    return f"{mean:.4f} ± {record['error']:.4f}"
 
 
 def _read(path: Path, fingerprint: str) -> dict[str, Any]:

@@ -1,0 +1,58 @@
+"""The study's first table: scores that `amskv score` wrote into its folder."""
+
+import json
+
+import pytest
+from checks import message
+
+from amskv_jax.study.scores import score_report
+
+FIGURE = {"mean": 0.01234, "error": 0.001, "scales": []}
+
+
+def record(saving, numbers="float32", mean=0.01234):
+    figure = FIGURE | {"mean": mean}
+    return {
+        "saving": saving,
+        "cache_dtype": numbers,
+        "above_full": figure,
+        "divergence": figure,
+    }
+
+
+def write(path, policies, **other):
+    found = {"fingerprint": "one", "dtype": "float32", "device": "cpu", "pictures": 64}
+    path.write_text(json.dumps(found | {"policies": policies} | other))
+
+
+def test_all_files_make_one_table_by_saving(tmp_path):
+    optimal = {"optimal:saving=0.9": record(0.9003, mean=-0.00001)}
+    write(tmp_path / "score-a.json", optimal, pictures=1000)
+    coded = {"window, int4": record(0.85, "int4"), "window": record(0.5)}
+    write(tmp_path / "score-b.json", coded)
+    heading, text, table, following = score_report(tmp_path, "one")
+    assert heading.startswith("## ")
+    assert following.startswith("## ")
+    assert text.startswith("64 or 1000 held-out pictures")
+    assert table.splitlines()[2:] == [
+        "| `window` | float32 | 50.0% | 0.0123 ± 0.0010 | 0.0123 ± 0.0010 |",
+        "| `window` | int4 | 85.0% | 0.0123 ± 0.0010 | 0.0123 ± 0.0010 |",
+        "| `optimal:saving=0.9` | its own | 90.0% | 0.0000 ± 0.0010 | 0.0000 ± 0.0010 |",
+    ]
+
+
+def test_a_study_may_have_none(tmp_path):
+    assert not list(score_report(tmp_path, "one"))
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("{", "score.json holds no score: write it with `amskv score --out`"),
+        (json.dumps({"fingerprint": "one", "policies": {"a": {}}}), "holds no score"),
+        (json.dumps({"fingerprint": "two", "policies": {}}), "is the score of another model (two)"),
+    ],
+)
+def test_files_that_are_none(tmp_path, content, expected):
+    (tmp_path / "score.json").write_text(content)
+    assert expected in message(list, score_report(tmp_path, "one"))
