@@ -118,23 +118,23 @@ def measure_damage(
     shape = pipe.shape
     geometry = CacheGeometry(1, shape.num_heads, shape.head_dim, frame.formats[0])
     everything = geometry.bytes(shape.num_heads * shape.num_layers * shape.schedule.offsets[-2])
-    whole = np.ones((shape.num_layers, pipe.schedule.num_scales, shape.num_heads), np.int32)
-    bases = [(np.repeat(whole[..., None], pipe.schedule.num_scales, axis=-1), everything)]
+    scales = pipe.schedule.num_scales
+    whole = np.ones((shape.num_layers, scales, shape.num_heads, scales), np.int32)
     keys = picture_keys(jax.random.key(seed), count)
     rounds: list[DamageRound] = []
     batch = min(batch, count)
     for number in range(1 + len(savings)):
+        choices, row_bytes = whole, everything
         if number:
             known = BlockDamage(tuple(formats), tuple(rounds), count)
-            bases.append(_base(pipe, known, savings[number - 1]))
-        choices, row_bytes = bases[-1]
+            choices, row_bytes = _base(pipe, known, savings[number - 1])
         sums = _Sums(shape.schedule)
         for start in range(0, count, batch):
             what = f"measuring round {number + 1} of {1 + len(savings)}"
             update(what, (number + start / count) / (1 + len(savings)))
             numbers = np.arange(start, start + batch) % count
             inputs = conditions.batch(numbers), codes[numbers]
-            reference = predictions(frame, pipe.params, *inputs, bases[0][0])
+            reference = predictions(frame, pipe.params, *inputs, whole)
             found = effects(frame, pipe.params, *inputs, keys[numbers], choices, reference)
             sums.add(jax.device_get(found), min(batch, count - start))
         rounds.append(sums.round(row_bytes))
@@ -181,7 +181,11 @@ class _Sums:
         self.count += real
 
     def round(self, row_bytes: int) -> DamageRound:
-        """Return the means, per token."""
+        """Return the means, per token; raises AmskvError if they are not finite."""
+        if not np.isfinite(self.divergence):
+            raise AmskvError(
+                "predictions are not finite: are weights damaged, or codes beyond the codebook?"
+            )
         per_token = self.count * self.schedule.total
         damage = (self.curvature / 2 - self.linear) / per_token
         return DamageRound(damage.astype(np.float32), row_bytes, self.divergence / per_token)
