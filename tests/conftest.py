@@ -50,6 +50,17 @@ def own_caches(tmp_path_factory):
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs_do_not_pile_up():
+    """Drop compiled programs once they take 4 GiB, as several processes test side by side."""
+    yield
+    memory = Path("/proc/self/statm")
+    if memory.exists():
+        pages = int(memory.read_text().split()[1])
+        if pages * os.sysconf("SC_PAGE_SIZE") > 4 * 2**30:
+            jax.clear_caches()
+
+
 @pytest.fixture(scope="module")
 def quickly_compiled():
     """Compile in a third of the time, for many programs which have little to do."""

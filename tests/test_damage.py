@@ -1,6 +1,7 @@
 """What every block of the cache is worth, and the plan that is made of it."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from itertools import product
 
@@ -277,6 +278,9 @@ def test_bad_input(pipe, codes, damage):
     assert "numbers cannot be cached as 'int5'" in found
     found = message(measure, codes[:3], conditions)
     assert "there are 4 conditions for 3 pictures" in found
+    broken = replace(pipe, params=jax.tree.map(lambda leaf: leaf * np.nan, pipe.params))
+    found = message(measure_damage, broken, codes, conditions, batch=3, formats=FORMATS)
+    assert "predictions are not finite" in found
     wrong = DamageRound(np.zeros((3, 2, 2, 3, 9)), 1, 0.0)
     found = message(stats_of, pipe, BlockDamage(FORMATS, (wrong,), 1))
     assert "(3, 2, 2, 3, 9), not (3, 2, 2, 3, 4)" in found
