@@ -1,6 +1,8 @@
 """Small steps which tests of files and conversion share."""
 
 import io
+import re
+import shlex
 
 import numpy as np
 import pytest
@@ -44,3 +46,9 @@ def pack_pictures(path, pixels, classes, labels):
         classes=list(classes),
     )
     return path
+
+
+def page_commands(page):
+    """Yield the words after ``amskv`` of every command in the shell blocks of a page."""
+    for block in re.findall(r"^```sh\n(.*?)^```$", page, re.MULTILINE | re.DOTALL):
+        yield from (shlex.split(line)[1:] for line in block.splitlines())

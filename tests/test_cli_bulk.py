@@ -3,7 +3,6 @@
 import hashlib
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 import typer
+from checks import page_commands
 from PIL import Image
 from small_shards import contents
 
@@ -155,12 +155,7 @@ def test_command_refuses_what_does_not_fit(options, message, amskv, tmp_path, mo
 PAGE = (HERE.parent / "docs" / "bulk.md").read_text(encoding="utf-8")
 
 
-def page_commands():
-    for block in re.findall(r"^```sh\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL):
-        yield from (shlex.split(line)[1:] for line in block.splitlines())
-
-
-@pytest.mark.parametrize("words", list(page_commands()), ids=" ".join)
+@pytest.mark.parametrize("words", list(page_commands(PAGE)), ids=" ".join)
 def test_commands_of_the_page_are_of_bulk_drawing(words):
     command = typer.main.get_command(app).commands[words[0]]
     context = command.make_context("amskv", words[1:])  # raises if an option is unknown

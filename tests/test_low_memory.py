@@ -1,7 +1,5 @@
 """Little memory: parts on the device one after the other, weights in 8 bits until they are used."""
 
-import re
-import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import typer
-from checks import message
+from checks import message, page_commands
 
 from amskv_jax import drawing
 from amskv_jax.checkpoints.folder import load_checkpoint, load_on_host
@@ -218,12 +216,7 @@ def test_command(checkpoint, amskv, tmp_path):
 PAGE = (Path(__file__).parents[1] / "docs" / "small-card.md").read_text(encoding="utf-8")
 
 
-def page_commands():
-    for block in re.findall(r"^```sh\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL):
-        yield from (shlex.split(line)[1:] for line in block.splitlines())
-
-
-@pytest.mark.parametrize("words", list(page_commands()), ids=" ".join)
+@pytest.mark.parametrize("words", list(page_commands(PAGE)), ids=" ".join)
 def test_commands_of_the_page_exist(words):
     command = typer.main.get_command(app).commands[words[0]]
     command.make_context("amskv", words[1:])  # raises if an option is unknown

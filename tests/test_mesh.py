@@ -3,8 +3,6 @@
 import json
 import os
 import pickle
-import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 import typer
-from checks import message
+from checks import message, page_commands
 
 from amskv_jax.cli import app
 from amskv_jax.errors import UsageError
@@ -62,12 +60,7 @@ def test_benchmark(tmp_path):
     assert (tmp_path / "mesh.md").read_text().count("| var-tiny | ") == 3
 
 
-def page_commands():
-    for block in re.findall(r"^```sh\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL):
-        yield from (shlex.split(line)[1:] for line in block.splitlines())
-
-
-@pytest.mark.parametrize("words", list(page_commands()), ids=" ".join)
+@pytest.mark.parametrize("words", list(page_commands(PAGE)), ids=" ".join)
 def test_commands_of_the_page_exist_and_name_meshes(words):
     command = typer.main.get_command(app).commands[words[0]]
     context = command.make_context("amskv", words[1:])  # raises if an option is unknown

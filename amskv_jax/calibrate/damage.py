@@ -29,7 +29,7 @@ from amskv_jax.pipeline import Pipeline
 from amskv_jax.plan.damage import BlockDamage, DamageRound
 from amskv_jax.plan.memory import CacheGeometry
 from amskv_jax.plan.mixed import MixedRow
-from amskv_jax.policies.optimal import allot_rows, block_lives
+from amskv_jax.policies.optimal import allot_rows, plan_lives
 from amskv_jax.schedule import ScaleSchedule
 
 FORMATS = ("bfloat16", "int8", "int4", "int3", "int2", "int1")
@@ -154,8 +154,7 @@ def block_choices(
     rows: Sequence[MixedRow], schedule: ScaleSchedule, formats: Sequence[str]
 ) -> np.ndarray:
     """Return the choice of every block at every step, see ``predictions``."""
-    lives = [block_lives(row, schedule, tuple(formats)) for row in rows]
-    format_of, stop = (np.stack(parts) for parts in zip(*lives, strict=True))
+    format_of, stop = plan_lives(rows, schedule, tuple(formats))
     steps = np.arange(schedule.num_scales)[:, None, None]
     read = (steps > np.arange(schedule.num_scales - 1)) & (steps < stop[:, None])
     choices = np.where(read, 1 + np.maximum(format_of, 0)[:, None], 0)

@@ -12,7 +12,7 @@ from amskv_jax.plan.retention import RetentionPlan
 from amskv_jax.plan.shape import CacheShape
 from amskv_jax.plan.stats import LayerStats
 from amskv_jax.policies.ams import AMSKV
-from amskv_jax.policies.base import Policy, default_budget
+from amskv_jax.policies.base import Policy, default_budget, measured_damage
 from amskv_jax.policies.walk import Walk, adaptive_walk, distinct_capacities
 from amskv_jax.schedule import ScaleSchedule
 
@@ -61,15 +61,11 @@ class FittedAMSKV(Policy):
           UsageError: without damage in the statistics.
           AmskvError: if no plan is so small; it says how small the smallest is.
         """
-        if stats is None or stats.damage is None:
-            raise UsageError(
-                "the ams-fitted policy needs the damage that the loss of every block does: give "
-                "the file which `amskv calibrate --real PICTURES` writes"
-            )
-        stats.check(shape)
+        measured = measured_damage("ams-fitted", shape, stats)
+        assert stats is not None, "it has the damage"
         schedule, layers = shape.schedule, shape.num_layers
         limit = layers * default_budget(shape) if self.max_tokens is None else self.max_tokens
-        damage = stats.damage.rounds[0].damage[:, :, :, 0].sum(1)
+        damage = measured.rounds[0].damage[:, :, :, 0].sum(1)
         best, least, smallest = None, np.inf, layers * schedule.total
         for condensed in range(schedule.num_scales):
             walk = cache(partial(adaptive_walk, schedule, condensed=condensed))

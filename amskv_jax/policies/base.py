@@ -2,6 +2,8 @@
 
 from typing import Protocol, runtime_checkable
 
+from amskv_jax.errors import UsageError
+from amskv_jax.plan.damage import BlockDamage
 from amskv_jax.plan.memory import CacheGeometry
 from amskv_jax.plan.retention import RetentionPlan
 from amskv_jax.plan.shape import CacheShape
@@ -77,3 +79,19 @@ def default_budget(shape: CacheShape) -> int:
     c_min, c_max = default_capacities(shape.schedule)
     demanding = len(first_third(shape.num_layers))
     return round((demanding * c_max + (shape.num_layers - demanding) * c_min) / shape.num_layers)
+
+
+def measured_damage(policy: str, shape: CacheShape, stats: LayerStats | None) -> BlockDamage:
+    """Return what calibration on real pictures measured, for the policy of that name.
+
+    Raises:
+      UsageError: if there is nothing of it.
+      AmskvError: if the statistics are of another model.
+    """
+    if stats is None or stats.damage is None:
+        raise UsageError(
+            f"the {policy} policy needs the damage that the loss of every block does: give the "
+            "file which `amskv calibrate --real PICTURES` writes"
+        )
+    stats.check(shape)
+    return stats.damage

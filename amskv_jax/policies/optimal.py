@@ -1,5 +1,6 @@
 """The least damaging cache of a size: blocks and bits allotted by what they were measured to be."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from amskv_jax.plan.mixed import MixedRow, mixed_row
 from amskv_jax.plan.retention import RetentionPlan
 from amskv_jax.plan.shape import CacheShape
 from amskv_jax.plan.stats import LayerStats
-from amskv_jax.policies.base import Policy, default_budget
+from amskv_jax.policies.base import Policy, default_budget, measured_damage
 from amskv_jax.schedule import ScaleSchedule
 from amskv_jax.words import byte_size
 
@@ -54,18 +55,13 @@ class Optimal(Policy):
 
     def plan(self, shape: CacheShape, stats: LayerStats | None = None) -> RetentionPlan:
         """Return the plan; see ``Policy.plan``."""
-        if stats is None or stats.damage is None:
-            raise UsageError(
-                "the optimal policy needs the damage that the loss of every block does: give the "
-                "file which `amskv calibrate --real PICTURES` writes"
-            )
-        stats.check(shape)
+        measured = measured_damage("optimal", shape, stats)
         budget = self.row_bytes
         if budget is None:
             whole = CacheGeometry(1, shape.num_heads, shape.head_dim)
             budget = whole.bytes(shape.num_heads * shape.num_layers * default_budget(shape))
-        around = stats.damage.nearest(budget)
-        rows, damage = allot_rows(shape, stats.damage.formats, around, budget)
+        around = measured.nearest(budget)
+        rows, damage = allot_rows(shape, measured.formats, around, budget)
         note = (
             f"optimal: {byte_size(budget)} a row, "
             f"{damage:.4f} nats a token of divergence expected, by the damage around a cache of "
@@ -93,8 +89,7 @@ def allot_rows(
         _row(shape.schedule, formats, own, damage)
         for own, damage in zip(chosen, around.damage, strict=True)
     )
-    lives = [block_lives(row, shape.schedule, formats) for row in rows]
-    format_of, stop = (np.stack(parts) for parts in zip(*lives, strict=True))
+    format_of, stop = plan_lives(rows, shape.schedule, formats)
     damage = around.damage[(*np.indices(stop.shape), np.maximum(format_of, 0), stop)]
     return rows, around.divergence + float(damage.sum())
 
@@ -201,3 +196,12 @@ def block_lives(
     part = parts.max(0)
     stop = (parts >= 0).sum(0) + np.arange(1, len(first) + 1)
     return np.where(part < 0, -1, own[part]), stop
+
+
+def plan_lives(
+    rows: Sequence[MixedRow], schedule: ScaleSchedule, formats: tuple[str, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return ``block_lives`` of all layers, two arrays [layers, heads, S - 1]."""
+    lives = [block_lives(row, schedule, formats) for row in rows]
+    format_of, stop = (np.stack(parts) for parts in zip(*lives, strict=True))
+    return format_of, stop
