@@ -1,7 +1,7 @@
 """Next-scale generation: one jitted function from conditions and keys to tokens and latents."""
 
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import chex
@@ -24,6 +24,17 @@ from amskv_jax.plan.memory import CacheGeometry
 from amskv_jax.plan.retention import RetentionPlan
 from amskv_jax.plan.shape import CacheShape
 from amskv_jax.sampling import TokenSampling, draw, filter_logits, smooth_mixture
+
+COMPILER_OPTIONS: dict[str, dict[str, bool]] = {
+    "gpu": {
+        # Products that XLA hands to Triton lose their bias and GELU to kernels of their own where
+        # cuBLAS is faster after all, and trying both takes most of the time of compiling.
+        "xla_gpu_enable_triton_gemm": False,
+        # Reading a layer's weights in place takes the host's attention in every layer.
+        "xla_gpu_enable_dynamic_slice_fusion": False,
+    }
+}
+"""What XLA does otherwise when it compiles a sampler, by platform; see docs/performance.md."""
 
 
 @struct.dataclass
@@ -116,9 +127,11 @@ class Sampler:
         """What the model caches."""
         return self.model.cache_shape(self.plan.schedule)
 
-    @partial(jax.jit, static_argnums=0)
     def __call__(self, params: Any, condition: Any, keys: jax.Array, controls: Controls) -> Samples:
         """Generate one picture per key.
+
+        It compiles by itself, with ``COMPILER_OPTIONS``. Inside another ``jit`` it is part of that
+        program, which then should be compiled with them.
 
         Args:
           params: the weights, a tree per part of the model.
@@ -129,8 +142,16 @@ class Sampler:
         Raises:
           UsageError: if the pictures do not share out over the mesh.
         """
+        arguments = params, condition, keys, controls
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments)):
+            return self.generate(*arguments)
+        samples: Samples = program(jax.default_backend())(self, *arguments)
+        return samples
+
+    def generate(self, params: Any, condition: Any, keys: jax.Array, controls: Controls) -> Samples:
+        """Trace what ``__call__`` runs."""
         if self.mesh is None:
-            return self._generate(params, condition, keys, controls)
+            return self._own_share(params, condition, keys, controls)
         self.mesh.check(self.shape.num_heads, len(keys))
         whole: Any = P()  # trees of specs have the form of trees of arrays
         pictures: Any = P(DATA)
@@ -146,13 +167,13 @@ class Sampler:
         )
         inputs = condition, keys, controls
         in_specs = pictures, pictures, Controls(whole, whole, forced)
-        samples: Samples = self.mesh.run(self._generate, params, inputs, in_specs, specs)
+        samples: Samples = self.mesh.run(self._own_share, params, inputs, in_specs, specs)
         return samples
 
-    def _generate(
+    def _own_share(
         self, params: Any, condition: Any, keys: jax.Array, controls: Controls
     ) -> Samples:
-        """Generate, on a mesh one device's share."""
+        """Generate; on a mesh, one device's share of the pictures."""
         batch, schedule, guidance = len(keys), self.plan.schedule, self.guidance
         chex.assert_tree_shape_prefix(condition, (batch,))
         chex.assert_shape((controls.strength, controls.temperature), (schedule.num_scales,))
@@ -244,7 +265,10 @@ class Sampler:
         self, params: Any, condition: Any, keys: jax.Array, controls: Controls
     ) -> jax.stages.Lowered:
         """Trace and lower for arguments of these shapes."""
-        return type(self).__call__.lower(self, params, condition, keys, controls)
+        lowered: jax.stages.Lowered = program(jax.default_backend()).lower(
+            self, params, condition, keys, controls
+        )
+        return lowered
 
     def _draw(
         self,
@@ -268,6 +292,13 @@ class Sampler:
         smooth_keys = jax.vmap(partial(jax.random.fold_in, data=schedule.num_scales))(step_keys)
         progress = step / max(1, schedule.num_scales - 1)
         return drawn, tokenizer.embed_mixture(smooth_mixture(smooth_keys, filtered, progress))
+
+
+@lru_cache
+def program(platform: str) -> Any:
+    """Return ``Sampler.generate`` under ``jit``, as it is to be compiled for a platform."""
+    options = COMPILER_OPTIONS.get(platform)
+    return jax.jit(Sampler.generate, static_argnums=0, compiler_options=options)
 
 
 def picture_keys(key: jax.Array, count: int, first: int = 0) -> jax.Array:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from infinity_golden import FOLDER, config_of, load, recipe_params, schedule_in, texts_in
 
-from amskv_jax.generate import Sampler, picture_keys
+from amskv_jax.generate import Sampler, picture_keys, program
 from amskv_jax.models.guidance import Drawing
 from amskv_jax.models.infinity.bsq_config import BSQConfig
 from amskv_jax.models.infinity.model import InfinityModel
@@ -104,12 +104,12 @@ def test_other_prompts_strengths_and_temperatures_do_not_compile_again(beginning
     model, plan, params, texts = beginning
     sampler = sampler_of(model, plan, Drawing(cfg=3.0, top_k=1))
     results = []
-    before = Sampler.__call__._cache_size()
+    before = program("cpu")._cache_size()
     for cfg, tau, order in ((3.0, 0.5, [0, 1]), ((1.0, 2.0, 4.0), (1.0, 2.0, 0.3), [1, 1])):
         controls = model.controls(plan.schedule, Drawing(cfg=cfg, tau=tau))
         condition = model.conditions(texts).batch(np.array(order))
         results.append(np.asarray(sampler(params, condition, keys_of(2), controls).logits))
-    assert Sampler.__call__._cache_size() == before + 1
+    assert program("cpu")._cache_size() == before + 1
     first, second = results
     np.testing.assert_array_equal(second[0], second[1])  # the same prompt twice
     assert np.abs(first - second).max() > 0.1

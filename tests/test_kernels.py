@@ -63,6 +63,30 @@ def test_a_gpus_kernels_are_those_on_its_streams(tmp_path):
     assert sum(kinds.values()) == pytest.approx(65e-6)
 
 
+def test_kernels_of_a_graph_count_whole_though_they_overlap(tmp_path):
+    def graph(number):
+        return {"hlo_op": f"command_buffer_{number}", "hlo_module": "jit_generate"}
+
+    profile = read_profile(
+        write(
+            tmp_path,
+            [
+                *named(1, "/device:GPU:0", {1: "Stream #14(Compute)"}),
+                ran(1, 1, "nvjet_tst", 100, 50, **graph(1)),
+                ran(1, 1, "loop_concatenate_fusion", 110, 20, **graph(1)),
+                ran(1, 1, "nvjet_tst", 160, 50, **graph(2)),
+            ],
+        )
+    )
+    assert [(kernel.name, kernel.launches) for kernel in profile.kernels] == [
+        ("nvjet_tst", 2),
+        ("loop_concatenate_fusion", 1),
+    ]
+    assert profile.kinds()["products"] == pytest.approx(100e-6)
+    assert profile.kinds()["copies"] == pytest.approx(20e-6)
+    assert profile.idle_seconds == pytest.approx(10e-6)
+
+
 def test_what_runs_inside_counts_once(tmp_path):
     profile = read_profile(
         write(

@@ -11,7 +11,7 @@ from amskv_jax.checkpoints.folder import read_info
 from amskv_jax.checkpoints.initialize import random_params
 from amskv_jax.decode import decode
 from amskv_jax.errors import AmskvError, UsageError
-from amskv_jax.generate import Sampler, picture_keys
+from amskv_jax.generate import Sampler, picture_keys, program
 from amskv_jax.models.guidance import Drawing
 from amskv_jax.policies import AMSKV, Full, Sink, Window
 from amskv_jax.sampling import TokenSampling
@@ -47,12 +47,12 @@ def test_sampling_gives_tokens_and_pictures(pipe):
 
 def test_labels_may_be_any_sequence_and_do_not_compile_again(pipe):
     first = pipe.sample([2, 9], key=KEY, top_k=1)
-    compiled = Sampler.__call__._cache_size()
+    compiled = program("cpu")._cache_size()
     for labels in ((2, 9), np.array([2, 9], np.int64), jnp.array([2, 9])):
         out = pipe.sample(labels, key=jax.random.key(7), top_k=1, policy=Full())
         np.testing.assert_array_equal(out.tokens, first.tokens)
     pipe.sample([3, 3], key=KEY, top_k=1, cfg=4.0)
-    assert Sampler.__call__._cache_size() == compiled
+    assert program("cpu")._cache_size() == compiled
 
 
 def test_the_functional_layer_alone_gives_the_same(pipe):

@@ -13,7 +13,7 @@ from made_stats import random_damage
 from amskv_jax.cache.layout import CacheLayout
 from amskv_jax.cache.store import Store
 from amskv_jax.checkpoints.initialize import random_params
-from amskv_jax.generate import Sampler, picture_keys
+from amskv_jax.generate import Sampler, picture_keys, program
 from amskv_jax.models.guidance import Drawing
 from amskv_jax.models.infinity.prompts import TextFeatures
 from amskv_jax.models.var.config import VARConfig, VQVAEConfig
@@ -205,7 +205,7 @@ def test_every_policy_compiles_once_and_gives_the_same(number, policies):
         plan = policies[name]["middle"].plan(SHAPES[model], stats(model))
         return make_sampler(plan, model, "float32")
 
-    compiled = Sampler.__call__._cache_size()
+    compiled = program("cpu")._cache_size()
     given = condition(model)
     samples = sampler()(weights, given, KEYS, controls(model))
     expected = draw(sampler().plan, model, "float32")
@@ -214,7 +214,7 @@ def test_every_policy_compiles_once_and_gives_the_same(number, policies):
     given = jax.tree.map(lambda leaf: leaf[::-1], given)
     other = sampler()(weights, given, KEYS[::-1], controls(model, 3.0))
     assert (np.asarray(other.tokens) != np.asarray(samples.tokens)).any()
-    assert Sampler.__call__._cache_size() == compiled + 1
+    assert program("cpu")._cache_size() == compiled + 1
 
 
 @pytest.fixture(scope="module")

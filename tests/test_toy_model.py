@@ -18,7 +18,7 @@ from amskv_jax.decode import decode
 from amskv_jax.drawing import Chosen
 from amskv_jax.errors import AmskvError, UsageError
 from amskv_jax.evaluation.score import encode, score
-from amskv_jax.generate import Sampler, picture_keys
+from amskv_jax.generate import Sampler, picture_keys, program
 from amskv_jax.models.guidance import UNGUIDED, Controls, Drawing, Guidance, per_scale
 from amskv_jax.models.protocol import Prepared
 from amskv_jax.pipeline import Pipeline
@@ -321,12 +321,12 @@ def test_real_pictures_are_scored_with_all_digits(pipe):
 def test_equal_ways_of_drawing_compile_once(pipe):
     key = jax.random.key(0)
     pipe.sample(None, key=key, cfg=2.0)
-    compiled, decoders = Sampler.__call__._cache_size(), decode._cache_size()
+    compiled, decoders = program("cpu")._cache_size(), decode._cache_size()
     pipe.sample(((0.1, 0.2), (0.3, 0.4), (0.5, 0.6)), key=jax.random.key(1), cfg=3.0, tau=0.5)
-    assert Sampler.__call__._cache_size() == compiled
+    assert program("cpu")._cache_size() == compiled
     # Another plan has another sampler, and the same decoder.
     pipe.sample(None, key=key, policy=REGISTRY["window"](window=3))
-    assert Sampler.__call__._cache_size() == compiled + 1
+    assert program("cpu")._cache_size() == compiled + 1
     assert decode._cache_size() == decoders
 
 

@@ -66,7 +66,18 @@ class Store:
         """Return what a step attends to: cached parts, then its own keys and values."""
         cached = [self.decode(part, key.dtype) for part in parts]
         keys, values = zip(*cached, (key, value), strict=True)
-        return jnp.concatenate(keys, axis=1), jnp.concatenate(values, axis=1)
+        return _joined(keys), _joined(values)
+
+
+def _joined(parts: Sequence[jax.Array]) -> jax.Array:
+    """Return parts [rows, T_i, heads, head_dim] one after the other along T.
+
+    They are joined as rows of numbers. Along an axis of tokens, of which there are often odd
+    numbers, XLA would move one number at a time on a GPU.
+    """
+    rows, _, *shape = parts[0].shape
+    joined = jnp.concatenate([part.reshape(rows, -1) for part in parts], axis=1)
+    return joined.reshape(rows, -1, *shape)
 
 
 def read(cache: Any, layer: LayerIndex, slot: int, length: int, axis: int = 1) -> Any:

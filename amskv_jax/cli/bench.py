@@ -1,5 +1,6 @@
 """``amskv bench``: speed and memory of policies, with random weights."""
 
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -60,6 +61,8 @@ def bench(
     """
     check_suffix(save, {".json"})
     check_outputs(save, force=force)
+    # The device's memory is for the arms; this process only asks what device it is.
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     from amskv_jax.policies.grammar import parse_policies  # noqa: PLC0415
 
     requests = parse_policies(policies)

@@ -50,7 +50,8 @@ class Kernel:
       operation: the operation of the compiled program; "" if the trace does not say.
       program: the compiled program; "" likewise.
       kind: one of ``KINDS``.
-      seconds: time of all launches together, without what ran inside of them.
+      seconds: time of all launches together, without what ran inside of them. A GPU may run several
+        at once: their times may add up to more than it was busy.
       launches: how many.
     """
 
@@ -118,14 +119,20 @@ def read_profile(folder: str | os.PathLike[str]) -> Profile:
 
 
 def _profile(events: list[dict[str, Any]]) -> Profile:
-    launches = list(_launches(events))
+    on_streams, in_programs = _launches(events)
+    launches = on_streams or in_programs
     if not launches:
         raise AmskvError("the trace has no kernel of any device in it")
     seconds: dict[tuple[str, str, str], float] = defaultdict(float)
     counts: dict[tuple[str, str, str], int] = defaultdict(int)
-    for event, own in _own_times(launches):
+    # Kernels of a stream lie in each other only where they ran at the same time.
+    timed = [(event, event["dur"]) for event in on_streams] or _own_times(in_programs)
+    for event, own in timed:
         arguments = event.get("args", {})
-        key = event["name"], arguments.get("hlo_op", ""), arguments.get("hlo_module", "")
+        operation = arguments.get("hlo_op", "")
+        if operation.startswith("command_buffer"):  # a graph of kernels, whose operations are lost
+            operation = ""
+        key = event["name"], operation, arguments.get("hlo_module", "")
         seconds[key] += own / 1e6
         counts[key] += 1
     kernels = [Kernel(*key, kind_of(*key), seconds[key], counts[key]) for key in seconds]
@@ -136,8 +143,10 @@ def _profile(events: list[dict[str, Any]]) -> Profile:
     return Profile(tuple(ordered), span / 1e6, (span - busy) / 1e6)
 
 
-def _launches(events: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield the events that are kernels: those on a device's streams, else the host's operations.
+def _launches(
+    events: list[dict[str, Any]],
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the events that are kernels: those on devices' streams, and the host's operations.
 
     Other lines of a device repeat the kernels, summed up by operation and by program.
     """
@@ -154,7 +163,8 @@ def _launches(events: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     }
     complete = [event for event in events if event.get("ph") == "X" and "dur" in event]
     on_streams = [event for event in complete if (event["pid"], event["tid"]) in streams]
-    yield from on_streams or (event for event in complete if "hlo_op" in event.get("args", {}))
+    in_programs = [event for event in complete if "hlo_op" in event.get("args", {})]
+    return on_streams, in_programs
 
 
 def _own_times(launches: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], float]]:
