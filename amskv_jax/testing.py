@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from amskv_jax.attention import QKV
+from amskv_jax.cache.heads import HeadSlots
 from amskv_jax.cache.layout import slots_of
 from amskv_jax.cache.store import Slots, Store
 from amskv_jax.checkpoints.initialize import random_params
@@ -112,7 +113,9 @@ class Recorder:
     ) -> Any:
         """Return queries, keys, values, the output and the layer's cache before the step."""
         output, _ = slots.attend(cache, layer, step, qkv, scale, "xla")
-        return *qkv, output, jax.tree.map(lambda leaf: leaf[layer], cache)
+        if not isinstance(slots, HeadSlots):
+            cache = jax.tree.map(lambda leaf: leaf[layer], cache)
+        return *qkv, output, cache
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,8 @@ class LayerRecord:
       key: see there.
       value: see there.
       output: see there.
-      cache: per step, what the layer's buffers held before it.
+      cache: per step, what the layer's buffers held before it; if its row is pooled, those of all
+        such layers.
     """
 
     query: list[np.ndarray]
@@ -155,7 +159,7 @@ def drive(
     numbers: Numbers = NUMBERS["float32"],
 ) -> LayerRecord:
     """Run one layer with this row on random queries, keys and values of two batch rows."""
-    slots = slots_of(row, schedule, Store(numbers))
+    slots = slots_of([row], schedule, Store(numbers))
     cache = slots.init(1, 2, heads, head_dim)
     record, random, layer = Recorder(), np.random.default_rng(seed), jnp.int32(0)
     steps = []

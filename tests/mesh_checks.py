@@ -16,7 +16,6 @@ from made_stats import random_stats
 from amskv_jax import configs
 from amskv_jax.cache.layout import CacheLayout
 from amskv_jax.cache.online import DecisionObserver
-from amskv_jax.cache.split import SplitHeadSlots
 from amskv_jax.cache.store import Store
 from amskv_jax.checkpoints.initialize import init_checkpoint, random_params
 from amskv_jax.generate import Sampler, picture_keys
@@ -154,35 +153,24 @@ def test_tokens_are_those_of_one_device(name, policy, mesh):
 
 
 @pytest.mark.parametrize("mesh", MESHES[1:])
-def test_heads_that_differ_from_device_to_device(mesh):
-    """The case above has such layers, and layers whose devices are alike."""
+def test_buffers_are_as_large_as_the_device_that_needs_most(mesh):
+    """Whose heads need slots in all layers together, each layer what it needs."""
     plan, shards = plan_of("var", POLICIES["heads"]), MeshShape.parse(mesh).model
-    layout = CacheLayout.of(plan, Store(NUMBERS["float32"]), shards)
-    assert any(type(slots) is SplitHeadSlots for slots in layout.groups)
-    for slots in layout.groups:
-        if type(slots) is SplitHeadSlots:
-            parts = np.split(heads_of(slots, plan), shards)
-            needs = [HeadRow(tuple(part)).head_slots(len(part)) for part in parts]
-            assert slots.largest[0].capacity == max(needs)
-
-
-def heads_of(slots, plan):
-    for row in plan.rows:
-        store = slots.largest[0].store
-        parts = SplitHeadSlots.of(row, plan.schedule, store, len(slots.devices))
-        if parts == slots:
-            return np.array(row.heads, object)
-    raise AssertionError
+    (slots,) = CacheLayout.of(plan, Store(NUMBERS["float32"]), shards).groups
+    needs = [
+        [HeadRow(tuple(part)).head_slots(len(part)) for part in np.split(heads, shards)]
+        for heads in (np.array(row.heads, object) for row in plan.rows)
+    ]
+    assert len(set(needs[0])) > 1, "devices differ"
+    assert slots.tables.capacities == (np.sum(needs, axis=0).max(),)
 
 
 @pytest.mark.parametrize("mesh", MESHES[1:])
 def test_formats_that_differ_from_device_to_device(mesh):
-    """Buffers of every format are as large as the largest need of a device."""
+    """And from layer to layer."""
     formats = [["int8", "int4"], ["int4", "int4"], [None, "int8"], ["int4", None]]
     row, schedule = mixed_row(SCHEDULES["var"], formats), SCHEDULES["var"]
     plan = RetentionPlan(schedule, (row, mixed_row(schedule, formats[:1] * 4), row))
-    layout = CacheLayout.of(plan, Store(NUMBERS["float32"]), MeshShape.parse(mesh).model)
-    assert [type(slots) is SplitHeadSlots for slots in layout.groups] == [True, False]
     options = {"guidance": MODELS["var"].guidance(drawing_of(MODELS["var"]))}
     one = Sampler(MODELS["var"], plan, sampling=TokenSampling(top_k=1), **options)
     many = replace(one, mesh=MeshShape.parse(mesh))

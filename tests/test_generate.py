@@ -78,7 +78,7 @@ def test_interleaved_layers_share_one_scan_and_change_nothing(params, monkeypatc
     # Six runs of layers are above the bound, so every layer picks its attention with a switch.
     policy = AMSKV(5, 9, 1, demanding_layers=(0, 2, 4))
     switched = draw(params, policy, trace=True)
-    monkeypatch.setattr("amskv_jax.cache.stack.MAX_SCANS", 6)
+    monkeypatch.setattr("amskv_jax.plan.retention.MAX_SCANS", 6)
     separate = draw(params, policy, trace=True, attention="xla")
     np.testing.assert_allclose(switched.logits, separate.logits, atol=1e-5)
 

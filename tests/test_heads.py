@@ -184,7 +184,7 @@ def test_what_one_head_drops_another_fills():
     cut = StaticRow(tuple(tuple(Segment(*part) for part in step) for step in parts))
     row = HeadRow((early, late, cut, late, early))
     assert row.head_slots(5) == 2 * (28 + 4) + 22 < sum(head.capacity for head in row.heads)
-    slots = slots_of(row, OBLONG, Store(NUMBERS["bfloat16"]))
+    slots = slots_of((row,) * 3, OBLONG, Store(NUMBERS["bfloat16"]))
     buffers = jax.tree.leaves(slots.init(3, 2, 5, 8))
     report = MemoryReport.of(RetentionPlan(OBLONG, (row,) * 3), CacheGeometry(2, 5, 8))
     assert sum(leaf.nbytes for leaf in buffers) == report.plan
@@ -242,7 +242,7 @@ def test_one_attention_serves_all_heads():
     chosen = random.random((12, 3)) < 0.5
     row = HeadRow(tuple(head_row(SMALL, scales) for scales in chosen))
     assert len(row.groups) > 4
-    slots = slots_of(row, SMALL, Store(NUMBERS["float32"]))
+    slots = slots_of((row,), SMALL, Store(NUMBERS["float32"]))
     cache = slots.init(1, 2, 12, 8)
     for step, tokens in enumerate(SMALL.tokens):
         qkv = (jnp.zeros((2, tokens, 12, 8)),) * 3

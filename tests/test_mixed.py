@@ -165,9 +165,9 @@ def test_a_layer_may_keep_nothing():
 def test_heads_of_equal_length_and_steps_of_one_format():
     formats = [["int8", "int4", "int4"], ["int8", "int8", "int4"]]
     row = mixed_row(SMALL, formats)
-    segments = slots_of(row, SMALL, Store(NUMBERS["float32"])).segments
-    assert [at.even for at in segments] == [True] * 4
-    assert [sum(map(bool, at.read)) for at in segments] == [0, 1, 2, 2]
+    reading = slots_of((row,), SMALL, Store(NUMBERS["float32"])).tables.reading
+    assert [(at.even, at.equal) for at in reading] == [(True, True)] * 4
+    assert [at.buffers for at in reading] == [(), (0,), (0, 1), (0, 1)]
     check_obeyed(RetentionPlan(SMALL, (row,)), [drive(row, SMALL, 0.7)], 0.7, 1e-5)
 
 
@@ -177,28 +177,33 @@ def test_tokens_keep_the_codes_that_were_written_first_and_are_read_through_them
     """Before the last step, bit for bit, wherever a token lies; and attention at every step."""
     record = drive(row, SMALL, 0.7, head_dim=16)
     check_obeyed(RetentionPlan(SMALL, (row,)), [record], 0.7, 1e-5)
-    slots = slots_of(row, SMALL, Store(NUMBERS["float32"]))
-    for (numbers, _), flat, cache in zip(row.parts, slots.flats, record.cache[-1], strict=True):
-        assert [flat.store.numbers] == [NUMBERS[numbers]]
-        for buffers, written in ((cache.keys, record.key), (cache.values, record.value)):
-            for scale, start, slot, length in flat.held[-1]:
-                head, first = np.divmod(start + np.arange(length), SMALL.tokens[scale])
-                vectors = jnp.asarray(written[scale])[:, first, head]
-                expected = jax.tree.leaves(NUMBERS[numbers].encode(vectors))
-                for leaf, codes in zip(jax.tree.leaves(buffers), expected, strict=True):
-                    np.testing.assert_array_equal(leaf[:, slot : slot + length, 0], codes)
+    slots = slots_of((row,), SMALL, Store(NUMBERS["float32"]))
+    found, last = np.asarray(slots.tables.reading[-1].slots.at(0)), SMALL.num_scales - 1
+    formats = row.formats(SMALL, last)
+    first = np.cumsum([0, *slots.tables.capacities])
+    pairs = (jnp.concatenate(x[:last], axis=1) for x in (record.key, record.value))
+    written = jnp.stack(list(pairs), axis=3)
+    for head, own in enumerate(formats):
+        kept = np.flatnonzero(own >= 0)
+        for token, slot in zip(kept, found[head], strict=False):
+            numbers = NUMBERS[row.parts[own[token]].numbers]
+            codes = jax.tree.leaves(numbers.encode(written[:, token, head]))
+            buffers = jax.tree.leaves(record.cache[-1][own[token]])
+            for leaf, expected in zip(buffers, codes, strict=True):
+                bits = np.asarray(expected).view(leaf.dtype)
+                np.testing.assert_array_equal(leaf[slot - first[own[token]]], bits)
 
 
 def test_only_what_is_stored_is_coded():
     """What is rounded are one head's four tokens, though there are two heads and two formats."""
     row = mixed_row(SMALL, [["int4", None, None], [None, "int8", None]])
-    slots = slots_of(row, SMALL, Store(NUMBERS["float32"]))
+    slots = slots_of((row,), SMALL, Store(NUMBERS["float32"]))
     qkv = (jnp.zeros((2, 4, 2, 16)),) * 3
     program = jax.make_jaxpr(slots.attend, static_argnums=(2, 4, 5))
     text = str(program(slots.init(1, 2, 2, 16), jnp.int32(0), 1, qkv, 0.7, "xla"))
     rounds = [line for line in text.splitlines() if "= round[" in line]
     assert rounds
-    assert all("f32[2,4,1,16] = round" in line for line in rounds)
+    assert all("f32[4,2,2,16] = round" in line for line in rounds)
 
 
 @pytest.mark.parametrize("model", [TINY_VAR, TINY_INFINITY], ids=["var", "infinity"])
@@ -214,7 +219,7 @@ def test_equal_formats_draw_what_heads_draw(model, monkeypatch):
     alike = [mixed_row(schedule, [["float32"] * shape[2]] * shape[1], own) for own in last]
     heads = tuple(row.parts[0].row for row in alike)
     assert sum(len(row.parts) for row in mixed) > 6
-    assert len(CacheLayout.of(RetentionPlan(schedule, heads), Store(NUMBERS["int2"])).groups) > 4
+    assert len(set(heads)) > 4
     params, condition = random_params(model, seed=1), model.conditions(None).batch(np.arange(2))
 
     def draw(rows, cache_dtype):
@@ -284,6 +289,7 @@ def test_the_page_about_plan_files():
     text = (Path(__file__).parents[1] / "docs" / "plans.md").read_text(encoding="utf-8")
     plan = RetentionPlan.from_json(re.search(r"```json\n(.*?)```", text, re.DOTALL)[1])
     assert [row.kind for row in plan.rows] == ["static", "heads", "mixed"]
+    assert plan.group_of == (0, 1, 1)
     assert RetentionPlan.from_json(plan.to_json()) == plan
     assert all(f"| `{kind}` |" in text for kind in ROWS if kind != "static")
     plan.check(cache_shape(plan.schedule, 3, 2))

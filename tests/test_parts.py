@@ -15,6 +15,7 @@ from amskv_jax.generate import Sampler, picture_keys
 from amskv_jax.models.guidance import Drawing
 from amskv_jax.numbers import NUMBERS
 from amskv_jax.plan import activations
+from amskv_jax.plan.mixed import mixed_row
 from amskv_jax.plan.retention import RetentionPlan
 from amskv_jax.policies import H2O, Full
 from amskv_jax.sampling import TokenSampling
@@ -35,7 +36,16 @@ def call(sampler, model):
     return compiled, compiled(*arguments)
 
 
+MIXED = [
+    mixed_row(SCHEDULE, [["int4", one], [other, "float32"]])
+    for one in ("float32", "int8", None)
+    for other in ("int4", None)
+]
+"""Rows of which no two are alike, in several formats; by turns heads hold equally many tokens."""
+
+
 PLANS = {
+    "var, heads": (TINY_VAR, RetentionPlan(SCHEDULE, tuple(MIXED[:3]))),
     "var": (TINY_VAR, Full().plan(TINY_VAR.cache_shape(SCHEDULE))),
     "var, selecting": (TINY_VAR, H2O(budget=3).plan(TINY_VAR.cache_shape(SCHEDULE))),
     "infinity": (TINY_INFINITY, Full().plan(TINY_INFINITY.cache_shape(TINY_INFINITY.schedule))),
@@ -86,15 +96,24 @@ def copies(text: str, shapes: Iterable[tuple[int, ...]]) -> int:
     return sum(shape in names for shape in found)
 
 
-@pytest.mark.parametrize("rows", [(0, 1, 0, 1, 0, 1), (0, 1, 2, 0, 1, 2), (0, 1, 2, 3, 4, 5)])
+@pytest.mark.parametrize(
+    "rows", [(0, 1, 0, 1, 0, 1), (0, 1, 2, 0, 1, 2), (0, 1, 2, 3, 4, 5), MIXED]
+)
 def test_no_layer_copies_the_cache(rows):
-    """Layers that pick their group's attention while the program runs write it in place."""
+    """Layers that pick their group's attention while the program runs write it in place.
+
+    So do those whose heads differ, in one program for all of them.
+    """
     keeps = ([0, 1], [1], [0], [0, (1, 0, 2)], [0, (1, 1, 4)], [(1, 2, 4)])
-    plan = RetentionPlan.from_keep(SCHEDULE, [[[], [0], keeps[row]] for row in rows])
+    if rows == MIXED:
+        plan = RetentionPlan(SCHEDULE, tuple(MIXED))
+    else:
+        plan = RetentionPlan.from_keep(SCHEDULE, [[[], [0], keeps[row]] for row in rows])
     config = type(TINY_VAR.transformer)(6, 128, 2, SCHEDULE, 10, 64, 16)
     model = type(TINY_VAR)(config, TINY_VAR.tokenizer)
     sampler = Sampler(model, plan, model.guidance(DRAWING), TokenSampling(1))
     compiled, _ = call(sampler, model)
     layout = CacheLayout.of(plan, Store(NUMBERS["float32"]))
+    assert len(layout.groups) == (1 if rows == MIXED else len(set(rows)))
     buffers = jax.tree.leaves(jax.eval_shape(lambda: layout.init(2 * BATCH, 2, 64)))
     assert copies(compiled.as_text(), {leaf.shape for leaf in buffers}) <= len(buffers)

@@ -264,6 +264,7 @@ def test_command(amskv, checkpoint, scores, tmp_path):
         *(f"{p}{n}" for p in list(coarse)[1::2] for n in ("", ", int4")),
     ]
     assert coarse["window:window=2, int4"]["cache_bytes"] < coarse["window:window=2"]["cache_bytes"]
+    assert not coarse["window:window=2"]["states_formats"]
 
 
 def test_command_refuses_what_cannot_work(amskv, checkpoint, tmp_path):

@@ -10,11 +10,12 @@ from amskv_jax.study.scores import score_report
 FIGURE = {"mean": 0.01234, "error": 0.001, "scales": []}
 
 
-def record(saving, numbers="float32", mean=0.01234):
+def record(saving, numbers="float32", mean=0.01234, *, states_formats=False):
     figure = FIGURE | {"mean": mean}
     return {
         "saving": saving,
         "cache_dtype": numbers,
+        "states_formats": states_formats,
         "above_full": figure,
         "divergence": figure,
     }
@@ -26,8 +27,8 @@ def write(path, policies, **other):
 
 
 def test_all_files_make_one_table_by_saving(tmp_path):
-    optimal = {"optimal:saving=0.9": record(0.9003, mean=-0.00001)}
-    write(tmp_path / "score-a.json", optimal, pictures=1000)
+    own = {"explicit:plan.json": record(0.9003, mean=-0.00001, states_formats=True)}
+    write(tmp_path / "score-a.json", own, pictures=1000)
     coded = {"window, int4": record(0.85, "int4"), "window": record(0.5)}
     write(tmp_path / "score-b.json", coded)
     heading, text, table, following = score_report(tmp_path, "one")
@@ -37,7 +38,7 @@ def test_all_files_make_one_table_by_saving(tmp_path):
     assert table.splitlines()[2:] == [
         "| `window` | float32 | 50.0% | 0.0123 ± 0.0010 | 0.0123 ± 0.0010 |",
         "| `window` | int4 | 85.0% | 0.0123 ± 0.0010 | 0.0123 ± 0.0010 |",
-        "| `optimal:saving=0.9` | its own | 90.0% | 0.0000 ± 0.0010 | 0.0000 ± 0.0010 |",
+        "| `explicit:plan.json` | its own | 90.0% | 0.0000 ± 0.0010 | 0.0000 ± 0.0010 |",
     ]
 
 

@@ -1,228 +1,214 @@
-"""Slots of layers whose heads keep different tokens: flat buffers per layer for all heads.
+"""Slots of layers whose heads keep different tokens: flat buffers for all heads of all layers.
 
-Every token of every head has a slot of its own, wherever there is room: what one head drops,
-another may fill. So a buffer is as large as the most that all heads together hold at any step. A
-step gathers the tokens of every head by a static table of segments, pads them to the head that
-holds most, and attends once, heads being folded into the batch with a length each.
+A step gathers the tokens of every head, pads them to the head that holds most, of all layers, and
+attends once: where heads of a layer hold different numbers of tokens, they are folded into the
+batch with a length each. Layers differ in tables alone, and so do devices which share the heads:
+one program serves all of them (``head_tables``).
 
-There is one such buffer, or one for every format of numbers in which the layer keeps some tokens.
+A slot holds key and value together, so that they are gathered, coded and written as one.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.typing import DTypeLike
+from jax import lax
 
 from amskv_jax.attention import QKV, Implementation, attend
-from amskv_jax.cache.static import StaticSlots
-from amskv_jax.cache.store import KVCache, Store, read
-from amskv_jax.numbers import numbers_of
+from amskv_jax.cache.head_tables import HeadTables, Reading
+from amskv_jax.cache.sequences import looked_up
+from amskv_jax.cache.store import LayerIndex, Store, empty, later
+from amskv_jax.mesh import MODEL
+from amskv_jax.numbers import Numbers, numbers_of
 from amskv_jax.plan.mixed import MixedRow
-from amskv_jax.plan.rows import HeadRow, StaticRow
+from amskv_jax.plan.rows import HeadRow
 from amskv_jax.schedule import ScaleSchedule
 
 
-@dataclass(frozen=True)
-class HeadSegments:
-    """Where the tokens lie that every head holds while a step attends; all heads one after another.
-
-    Attributes:
-      lengths: tokens per head.
-      starts: per head, for each of its segments of consecutive slots, how many of the head's tokens
-        come before it.
-      slots: likewise, the segment's first slot; those of several buffers are counted on.
-      read: per buffer, how many of its first slots the step reads.
-    """
-
-    lengths: tuple[int, ...]
-    starts: tuple[tuple[int, ...], ...]
-    slots: tuple[tuple[int, ...], ...]
-    read: tuple[int, ...]
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the head that holds most."""
-        return max(self.lengths)
-
-    @property
-    def even(self) -> bool:
-        """Whether all heads hold equally many tokens."""
-        return len(set(self.lengths)) == 1
-
-    def index(self) -> jax.Array:
-        """Return the slots of every head's tokens, [heads, longest] int32.
-
-        What comes after a head's last token is no slot of it, and may lie beyond the buffers. Sums
-        over few segments take the place of a large table in the program.
-        """
-        most = max(map(len, self.starts))
-        starts = np.full((len(self.lengths), most), self.longest, np.int32)
-        jumps = np.zeros_like(starts)
-        for head, (begins, slots) in enumerate(zip(self.starts, self.slots, strict=True)):
-            starts[head, : len(begins)] = begins
-            shifts = np.subtract(slots, begins)
-            jumps[head, : len(begins)] = np.diff(shifts, prepend=0)
-        position = jnp.arange(self.longest, dtype=jnp.int32)[None]
-        passed = position[..., None] >= starts[:, None]
-        return position + jnp.where(passed, jumps[:, None], 0).sum(-1, dtype=jnp.int32)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HeadSlots:
-    """Where the tokens of a layer's heads lie at every step.
+    """The slots of all heads of all layers.
 
     Attributes:
-      flats: per format of numbers, the slots of all heads' tokens, as those of one head: a scale of
-        T tokens is one of heads x T, head by head.
-      segments: per step, where every head's tokens lie while it attends.
+      tables: where their tokens lie.
+      numbers: per buffer, how its numbers are kept.
     """
 
-    flats: tuple[StaticSlots, ...]
-    segments: tuple[HeadSegments, ...]
+    tables: HeadTables
+    numbers: tuple[Numbers, ...]
 
     @classmethod
-    def of(cls, row: HeadRow | MixedRow, schedule: ScaleSchedule, store: Store) -> "HeadSlots":
-        """Assign slots to everything the row keeps; ``store`` serves parts that name no format."""
-        heads = len(row.parts[0].row.heads)
-        merged = ScaleSchedule(tuple((heads * height, width) for height, width in schedule.grids))
-        flats = tuple(
-            StaticSlots.of(
-                _merged(part, schedule, merged),
-                merged,
-                store if numbers is None else Store(numbers_of(numbers)),
-            )
-            for numbers, part in row.parts
-        )
-        steps = range(schedule.num_scales)
-        return cls(flats, tuple(_segments(flats, schedule, heads, step) for step in steps))
+    def of(
+        cls,
+        rows: Sequence[HeadRow | MixedRow],
+        schedule: ScaleSchedule,
+        store: Store,
+        devices: int = 1,
+    ) -> "HeadSlots":
+        """Assign slots to everything that layers keep.
 
-    def init(self, layers: int, rows: int, num_heads: int, head_dim: int) -> tuple[KVCache, ...]:
-        """Return empty buffers per format, leaves [layers, rows, capacity, 1, something]."""
-        return tuple(flat.init(layers, rows, 1, head_dim) for flat in self.flats)
+        Args:
+          rows: of the layers.
+          schedule: the scales.
+          store: serves parts of rows that name no format.
+          devices: that share the heads.
+        """
+        tables = HeadTables.of(rows, schedule, store, devices)
+        numbers = (store.numbers if name is None else numbers_of(name) for name in tables.formats)
+        return cls(tables, tuple(numbers))
+
+    def init(self, layers: int, rows: int, num_heads: int, head_dim: int) -> tuple[Any, ...]:
+        """Return empty buffers, leaves [slots, rows, 2, something] of whole numbers.
+
+        They hold the bits of codes of keys and values: see ``_bits``.
+        """
+        assert layers == self.tables.layers, "these are the buffers of all layers"
+        buffers = zip(self.numbers, self.tables.capacities, strict=True)
+        return tuple(
+            _bits(empty(numbers, capacity, rows, 2, head_dim)) for numbers, capacity in buffers
+        )
 
     def attend(
         self,
-        cache: tuple[KVCache, ...],
-        layer: jax.Array,
+        cache: tuple[Any, ...],
+        layer: LayerIndex,
         step: int,
         qkv: QKV,
         scale: float,
         implementation: Implementation,
-    ) -> tuple[jax.Array, tuple[KVCache, ...]]:
+    ) -> tuple[jax.Array, tuple[Any, ...]]:
         """See ``store.Slots``."""
-        query, key, value = qkv
-        segments = self.segments[step]
-        cached = [self._cached(cache, layer, segments, key.dtype)] if segments.longest else []
-        if segments.even:
-            keys, values = (
-                jnp.concatenate(pair, axis=1) for pair in zip(*cached, (key, value), strict=True)
+        rows, length, heads, _ = qkv[0].shape
+        reading, place = self.tables.reading[step], self._place(cache, layer)
+        lengths = None
+        if not reading.equal:
+            lengths = looked_up(reading.lengths, place.row) + length
+            lengths = jnp.full(rows, lengths[0]) if reading.even else jnp.tile(lengths, rows)
+        query, key, value = qkv if reading.even else map(_folded, qkv)
+        if reading.longest:
+            held = self._held(cache, place, reading, key)
+            held = held.reshape(len(key), -1, key.shape[2], 2, key.shape[3])
+            # The own tokens come first, so that padding comes last.
+            key, value = (
+                jnp.concatenate([own, held[..., index, :]], axis=1)
+                for index, own in enumerate((key, value))
             )
-            output = attend(query, keys, values, scale, implementation)
-        else:
-            output = _attend_folded(cached[0], segments, qkv, scale, implementation)
-        own = KVCache(_flat(key), _flat(value))
-        written = [
-            flat.written(part, layer, step, own, output)
-            for flat, part in zip(self.flats, cache, strict=True)
-        ]
-        return output, tuple(written)
+        output = attend(query, key, value, scale, implementation, lengths)
+        if not reading.even:
+            output = jnp.swapaxes(output.reshape(rows, heads, length, -1), 1, 2)
+        return output, self._written(cache, place, step, qkv, output)
 
-    def _cached(
-        self,
-        cache: tuple[KVCache, ...],
-        layer: jax.Array,
-        segments: HeadSegments,
-        dtype: DTypeLike,
-    ) -> tuple[jax.Array, jax.Array]:
-        """Return the keys and values of every head's tokens, [rows, longest, heads, head_dim].
+    def _place(self, cache: tuple[Any, ...], layer: LayerIndex) -> "_Place":
+        """Return the place of a layer, of one part of the batch if this is taken in parts."""
+        sizes = [len(jax.tree.leaves(buffer)[0]) for buffer in cache]
+        parts = max(sizes) // max(self.tables.capacities) if any(sizes) else 1
+        layer, part = (layer, 0) if parts == 1 else (layer // parts, layer % parts)
+        device = lax.axis_index(MODEL) if self.tables.devices > 1 else 0
+        return _Place(device * self.tables.layers + layer, part, parts)
 
-        Of one buffer the codes are gathered, which are fewer bytes, and then decoded; those of
-        several must be decoded to lie in one row.
+    def _held(
+        self, cache: tuple[Any, ...], place: "_Place", reading: Reading, like: jax.Array
+    ) -> jax.Array:
+        """Return the keys and values of every head's tokens, from the buffers in which they are.
+
+        Returns:
+          [rows, longest, heads, 2, head_dim], or [rows, heads, longest, 2, head_dim] if the heads
+          are uneven.
         """
-        index = segments.index().T
-        parts = [
-            (flat.store, read(part, layer, 0, slots))
-            for flat, part, slots in zip(self.flats, cache, segments.read, strict=True)
-            if slots
-        ]
-        if len(parts) == 1:
-            store, held = parts[0]
-            return store.decode(jax.tree.map(lambda leaf: _gather(leaf, index), held), dtype)
-        keys, values = zip(*(store.decode(held, dtype) for store, held in parts), strict=True)
-        key, value = (_gather(jnp.concatenate(x, axis=1), index) for x in (keys, values))
-        return key, value
+        capacities = self.tables.capacities
+        slots = reading.slots.at(place.row)
+        slots = slots.T if reading.even else slots
+        found: jax.Array | None = None
+        for index in reading.buffers:
+            kinds = jax.eval_shape(self.numbers[index].encode, like)
+            before = sum(capacities[:index])
+            own = place.of_part(jnp.clip(slots - before, 0, capacities[index] - 1))
+            codes = jax.tree.map(partial(_gather, own), cache[index], kinds)
+            decoded = self.numbers[index].decode(codes, like.dtype)
+            if found is not None:
+                decoded = jnp.where((slots >= before)[None, ..., None, None], decoded, found)
+            found = decoded
+        assert found is not None, "something is read"
+        return found
+
+    def _written(
+        self, cache: tuple[Any, ...], place: "_Place", step: int, qkv: QKV, output: jax.Array
+    ) -> tuple[Any, ...]:
+        """Return the buffers with what later steps need of a step's own tokens; no other is coded.
+
+        Args:
+          cache: the buffers.
+          place: the layer.
+          step: the step, static.
+          qkv: of its own tokens, [rows, T, heads, head_dim] each, as they are.
+          output: of its attention, after which the buffers may be written.
+        """
+        written, (_, key, value) = list(cache), qkv
+        for index, writing in enumerate(self.tables.writing[step]):
+            if writing is None:
+                continue
+            most = self.tables.capacities[index] + writing.slots.length
+            slots = place.of_part(later(output, writing.slots.at(place.row), most))
+            chosen, length = writing.tokens.at(place.row), key.shape[1]
+            own = [
+                vectors.at[:, chosen % length, chosen // length].get(mode="clip")
+                for vectors in (key, value)
+            ]
+            pairs = jnp.swapaxes(jnp.stack(own, axis=2), 0, 1)
+            codes = _bits(self.numbers[index].encode(pairs))
+            written[index] = jax.tree.map(partial(_scatter, slots), cache[index], codes)
+        return tuple(written)
 
 
-def _attend_folded(
-    cached: tuple[jax.Array, jax.Array],
-    segments: HeadSegments,
-    qkv: QKV,
-    scale: float,
-    implementation: Implementation,
-) -> jax.Array:
-    """Attend with every head as a batch row of its own, [rows, T, heads, head_dim]."""
-    query, key, value = qkv
-    rows, length, heads, _ = query.shape
-    # The own tokens come first, so that padding comes last.
-    keys, values = (
-        jnp.concatenate(pair, axis=1) for pair in zip((key, value), cached, strict=True)
-    )
-    lengths = jnp.tile(jnp.array(segments.lengths, jnp.int32) + length, rows)
-    query, keys, values = (
-        _flat(x).reshape(rows * heads, -1, 1, x.shape[-1]) for x in (query, keys, values)
-    )
-    output = attend(query, keys, values, scale, implementation, lengths)
-    return jnp.swapaxes(output.reshape(rows, heads, length, -1), 1, 2)
+class _Place(NamedTuple):
+    """Where a layer is in tables, and its part of the batch in buffers.
+
+    Attributes:
+      row: of the tables, see ``HeadTables``.
+      part: of ``parts``, each of which has its own share of every slot; see ``parts.apart``.
+      parts: in which the batch is taken.
+    """
+
+    row: LayerIndex
+    part: LayerIndex
+    parts: int
+
+    def of_part(self, slots: jax.Array) -> jax.Array:
+        """Return where the part's shares of slots are."""
+        return slots if self.parts == 1 else slots * self.parts + self.part
 
 
-def _gather(leaf: jax.Array, index: jax.Array) -> jax.Array:
-    """Return slots ``index`` [longest, heads] of [rows, slots, 1, n]: [rows, longest, heads, n]."""
-    return jnp.take(leaf[:, :, 0], index, axis=1, mode="clip")
+def _bits(codes: Any) -> Any:
+    """Return codes with floating-point numbers as whole numbers of the same bits.
+
+    In these, XLA gathers and scatters on every device; on CPUs it would convert whole buffers of
+    shorter floating-point numbers to float32 and back.
+    """
+
+    def bits(leaf: jax.Array) -> jax.Array:
+        if jnp.issubdtype(leaf.dtype, jnp.integer):
+            return leaf
+        return lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}")
+
+    return jax.tree.map(bits, codes)
 
 
-def _flat(leaf: jax.Array) -> jax.Array:
-    """Return tokens [rows, T, heads, n] as those of one head, [rows, heads * T, 1, n]."""
-    return jnp.swapaxes(leaf, 1, 2).reshape(len(leaf), -1, 1, leaf.shape[-1])
+def _gather(slots: jax.Array, leaf: jax.Array, kind: jax.ShapeDtypeStruct) -> jax.Array:
+    """Return slots [a, b] of a buffer [slots, rows, 2, n]: [rows, a, b, 2, n] in its dtype."""
+    numbers = lax.GatherDimensionNumbers((0, 3, 4), (0,), (0,))
+    sizes = 1, *leaf.shape[1:]
+    found = lax.gather(leaf, slots[..., None], numbers, sizes, mode="promise_in_bounds")
+    return lax.bitcast_convert_type(found, kind.dtype)
 
 
-def _merged(row: HeadRow, schedule: ScaleSchedule, merged: ScaleSchedule) -> StaticRow:
-    """Return what all heads keep, as one row of the schedule whose scales hold all heads'."""
-    kept = []
-    for step in range(schedule.num_scales):
-        positions = row.positions(schedule, step)
-        scales = [positions[:, schedule.slice(j)].ravel() for j in range(schedule.num_scales)]
-        kept.append(np.concatenate(scales))
-    return StaticRow.from_positions(merged, kept)
+def _scatter(slots: jax.Array, leaf: jax.Array, codes: jax.Array) -> jax.Array:
+    """Return a buffer [slots, rows, 2, n] with codes [a, rows, 2, n] in ascending slots [a]."""
+    return leaf.at[slots].set(codes, mode="drop", unique_indices=True, indices_are_sorted=True)
 
 
-def _segments(
-    flats: Sequence[StaticSlots], schedule: ScaleSchedule, heads: int, step: int
-) -> HeadSegments:
-    """Return where every head's tokens lie at ``step``: in their order of scales and tokens."""
-    held = [flat.held[step] for flat in flats]
-    ends = [max((run.slot + run.length for run in runs), default=0) for runs in held]
-    runs = [
-        run._replace(slot=before + run.slot)
-        for runs, before in zip(held, accumulate(ends, initial=0), strict=False)
-        for run in runs
-    ]
-    lengths = [0] * heads
-    starts: list[list[int]] = [[] for _ in range(heads)]
-    slots: list[list[int]] = [[] for _ in range(heads)]
-    for scale, start, slot, length in sorted(runs):
-        size, stop = schedule.tokens[scale], start + length
-        for head in range(start // size, (stop - 1) // size + 1):
-            first, last = max(start, head * size), min(stop, (head + 1) * size)
-            begin = slot + first - start
-            follows = slots[head] and slots[head][-1] + lengths[head] - starts[head][-1] == begin
-            if not follows:
-                starts[head].append(lengths[head])
-                slots[head].append(begin)
-            lengths[head] += last - first
-    return HeadSegments(
-        tuple(lengths), tuple(map(tuple, starts)), tuple(map(tuple, slots)), tuple(ends)
-    )
+def _folded(x: jax.Array) -> jax.Array:
+    """Return tokens [rows, T, heads, ...] with heads as batch rows, [rows * heads, T, 1, ...]."""
+    return jnp.swapaxes(x, 1, 2).reshape(-1, x.shape[1], 1, *x.shape[3:])

@@ -1,6 +1,6 @@
 """The scale-indexed key/value cache of a whole model, laid out before tracing."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -8,57 +8,53 @@ from typing import Any
 from amskv_jax.cache.heads import HeadSlots
 from amskv_jax.cache.online import OnlineSlots
 from amskv_jax.cache.selecting import SelectingSlots
-from amskv_jax.cache.split import SplitHeadSlots
 from amskv_jax.cache.static import StaticSlots
 from amskv_jax.cache.store import Slots, Store
 from amskv_jax.errors import AmskvError
-from amskv_jax.plan.mixed import MixedRow
 from amskv_jax.plan.retention import RetentionPlan
-from amskv_jax.plan.rows import HeadRow, Row, StaticRow
+from amskv_jax.plan.rows import Row, StaticRow
 from amskv_jax.plan.runtime_rows import OnlineRow, SelectingRow
 from amskv_jax.schedule import ScaleSchedule
 
 SLOTS: dict[type, Callable[[Any, ScaleSchedule, Store], Slots]] = {
     StaticRow: StaticSlots.of,
     SelectingRow: SelectingSlots.of,
-    HeadRow: HeadSlots.of,
-    MixedRow: HeadSlots.of,
     OnlineRow: OnlineSlots.of,
 }
-"""Kind of row -> how its slots are assigned."""
-
-SPLIT_SLOTS: dict[type, Callable[[Any, ScaleSchedule, Store, int], Slots]] = {
-    HeadRow: SplitHeadSlots.of,
-    MixedRow: SplitHeadSlots.of,
-}
-"""Kinds of rows which are not the same for all heads -> how slots are assigned where several
-devices share the heads."""
+"""Kind of row -> how slots are assigned, for kinds of which only equal rows share buffers."""
 
 
-def slots_of(row: Row, schedule: ScaleSchedule, store: Store, shards: int = 1) -> Slots:
-    """Assign slots to a row of any kind, whose heads ``shards`` devices share.
+def slots_of(rows: Sequence[Any], schedule: ScaleSchedule, store: Store, shards: int = 1) -> Slots:
+    """Assign slots to a group of layers, whose heads ``shards`` devices share.
+
+    Args:
+      rows: of the layers: equal ones, or pooled ones; see ``rows.Row``.
+      schedule: the scales.
+      store: how numbers are kept.
+      shards: how many devices there are.
 
     Raises:
       AmskvError: if the kind is unknown.
     """
-    if type(row) not in SLOTS:
+    if rows[0].pooled:
+        return HeadSlots.of(rows, schedule, store, shards)
+    kind = type(rows[0])
+    if kind not in SLOTS:
         raise AmskvError(
-            f"no slots are known for a row of the kind {type(row).__name__}: "
-            f"expected {', '.join(kind.__name__ for kind in SLOTS)}"
+            f"no slots are known for a row of the kind {kind.__name__}: "
+            f"expected {', '.join(known.__name__ for known in SLOTS)}"
         )
-    if shards > 1 and type(row) in SPLIT_SLOTS:
-        return SPLIT_SLOTS[type(row)](row, schedule, store, shards)
-    return SLOTS[type(row)](row, schedule, store)
+    return SLOTS[kind](rows[0], schedule, store)
 
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """The cache of a whole model: one set of buffers per distinct row of the plan.
+    """The cache of a whole model: one set of buffers per group of layers.
 
     Attributes:
-      groups: the distinct rows' slots, in order of first appearance.
-      group_of: for every layer, the index of its group.
-      index_in_group: for every layer, its index in the group's buffers.
+      groups: the groups' slots.
+      group_of: for every layer, the index of its group; see ``RetentionPlan``.
+      index_in_group: for every layer, how many layers of its group come before it.
     """
 
     groups: tuple[Slots, ...]
@@ -75,10 +71,12 @@ class CacheLayout:
           store: how.
           shards: how many devices share the heads; the layout is that of each.
         """
-        rows = list(dict.fromkeys(plan.rows))
-        group_of = tuple(rows.index(row) for row in plan.rows)
+        group_of = plan.group_of
         index = tuple(group_of[:layer].count(group) for layer, group in enumerate(group_of))
-        slots = tuple(slots_of(row, plan.schedule, store, shards) for row in rows)
+        members: list[list[Row]] = [[] for _ in set(group_of)]
+        for row, group in zip(plan.rows, group_of, strict=True):
+            members[group].append(row)
+        slots = tuple(slots_of(rows, plan.schedule, store, shards) for rows in members)
         return cls(slots, group_of, index)
 
     def init(self, rows: int, num_heads: int, head_dim: int) -> tuple[Any, ...]:

@@ -13,7 +13,7 @@ from amskv_jax.cache.layout import CacheLayout
 from amskv_jax.cache.parts import apart, together
 from amskv_jax.cache.store import Slots
 from amskv_jax.packed_weight import widened
-from amskv_jax.plan.retention import MAX_SCANS
+from amskv_jax.plan.retention import scans
 
 Take = Callable[[Any], Any]
 """Returns some of the batch rows of a tree of arrays [rows, ...]."""
@@ -83,7 +83,7 @@ def apply_blocks(
     assert parts == 1 or observe is None, "an observer sees all rows at once"
     caches = apart(caches, parts)
     observed = []
-    for start, stop in _scans(layout.group_of):
+    for start, stop in scans(layout.group_of):
         members = sorted(set(layout.group_of[start:stop]))
 
         only = layout.index_in_group[start] if stop - start == 1 else None
@@ -182,11 +182,3 @@ def _one_of(
         )
         updated.append(cache)
     return tuple(updated), result
-
-
-def _scans(group_of: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Return the layer ranges that are scanned together."""
-    starts = [0, *(i for i in range(1, len(group_of)) if group_of[i] != group_of[i - 1])]
-    if len(starts) > MAX_SCANS:
-        starts = [0]
-    return list(zip(starts, [*starts[1:], len(group_of)], strict=True))

@@ -44,12 +44,9 @@ class Store:
 
     numbers: Numbers
 
-    def init(self, layers: int, rows: int, capacity: int, num_heads: int, head_dim: int) -> KVCache:
-        """Return empty buffers."""
-        one = jax.ShapeDtypeStruct((layers, rows, capacity, num_heads, head_dim), jnp.float32)
-        return jax.tree.map(
-            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(self.encode, one, one)
-        )
+    def init(self, *shape: int) -> KVCache:
+        """Return empty buffers for keys and values of a shape [..., head_dim]."""
+        return KVCache(keys=empty(self.numbers, *shape), values=empty(self.numbers, *shape))
 
     def encode(self, key: jax.Array, value: jax.Array) -> KVCache:
         """Return the codes of keys and values [..., head_dim]."""
@@ -78,6 +75,12 @@ def _joined(parts: Sequence[jax.Array]) -> jax.Array:
     rows, _, *shape = parts[0].shape
     joined = jnp.concatenate([part.reshape(rows, -1) for part in parts], axis=1)
     return joined.reshape(rows, -1, *shape)
+
+
+def empty(numbers: Numbers, *shape: int) -> Any:
+    """Return an empty buffer for the codes of vectors of a shape [..., head_dim]."""
+    codes = jax.eval_shape(numbers.encode, jax.ShapeDtypeStruct(shape, jnp.float32))
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), codes)
 
 
 def read(cache: Any, layer: LayerIndex, slot: int, length: int, axis: int = 1) -> Any:
@@ -127,12 +130,7 @@ def take(parts: Sequence[KVCache], chosen: jax.Array) -> KVCache:
 
 
 def after(output: jax.Array, layer: LayerIndex, cache: Any) -> Any:
-    """Return ``layer``, but so that it is known no earlier than ``output``.
-
-    A loop that reads a buffer and then writes to it does so in place only if XLA knows that reading
-    comes first. Otherwise it copies the whole buffer, all layers of it, in every round. Data fixes
-    the order: a write at an index which follows from what was read must come later. (An
-    ``optimization_barrier`` does not help: it is gone before copies are decided upon.)
+    """Return ``layer``, but so that it is known no earlier than ``output``; see ``later``.
 
     Args:
       output: [rows, T, heads, head_dim], computed from what was read.
@@ -143,12 +141,28 @@ def after(output: jax.Array, layer: LayerIndex, cache: Any) -> Any:
     layers = len(jax.tree.leaves(cache)[0])
     if layers == 1 and isinstance(layer, int):
         return layer
+    return later(output, layer, layers - 1)
+
+
+def later(output: jax.Array, index: LayerIndex, most: int) -> jax.Array:
+    """Return ``index``, but so that it is known no earlier than ``output``.
+
+    A loop that reads a buffer and then writes to it does so in place only if XLA knows that reading
+    comes first. Otherwise it copies the whole buffer, all layers of it, in every round. Data fixes
+    the order: a write at an index which follows from what was read must come later. (An
+    ``optimization_barrier`` does not help: it is gone before copies are decided upon.)
+
+    Args:
+      output: [rows, T, heads, head_dim], computed from what was read.
+      index: where to write, of any shape.
+      most: the largest that it may be.
+    """
     bit = (output[0, 0, 0, 0] > 0).astype(jnp.int32)
-    return jnp.minimum(layer, layers - 1 + bit)
+    return jnp.minimum(index, most + bit)
 
 
 class Slots(Protocol):
-    """Where the tokens of layers that share a row lie; frozen, hashable, made before tracing."""
+    """Where the tokens of a group of layers lie; frozen, hashable, made before tracing."""
 
     def init(self, layers: int, rows: int, num_heads: int, head_dim: int) -> Any:
         """Return empty buffers for this many layers and batch rows."""

@@ -150,6 +150,7 @@ def score(
         records[name] = {
             "note": plan.note,
             "cache_dtype": kept,
+            "states_formats": plan.states_formats,
             "cache_bytes": report.plan,
             "saving": report.saving(report.full),
             **scores[name].record(),

@@ -10,7 +10,7 @@ passes next to them.
 from dataclasses import dataclass
 
 from amskv_jax.plan.memory import CacheGeometry
-from amskv_jax.plan.retention import MAX_SCANS, RetentionPlan
+from amskv_jax.plan.retention import RetentionPlan, scans
 from amskv_jax.plan.rows import Row
 from amskv_jax.plan.runtime_rows import OnlineRow
 from amskv_jax.plan.shape import BlockShape
@@ -118,7 +118,7 @@ def block_bytes(plan: RetentionPlan, step: int, geometry: CacheGeometry, work: A
         plan.schedule.tokens[step],
         max(max(_read(row, step)) for row in rows),
         geometry,
-        picked=len(plan.runs) > MAX_SCANS and len(rows) > 1,
+        picked=len(set(plan.group_of)) > len(scans(plan.group_of)),
         folded=any(len(set(_read(row, step))) > 1 for row in rows),
     )
 
@@ -139,5 +139,5 @@ def _read(row: Row, step: int) -> list[int]:
 
     Heads that read fewer than another are padded.
     """
-    heads = getattr(row, "heads", (row,))
-    return [int(head.kept_tokens[step]) for head in heads]
+    parts = [getattr(part.row, "heads", (part.row,)) for part in row.parts]
+    return [sum(int(own.kept_tokens[step]) for own in head) for head in zip(*parts, strict=True)]

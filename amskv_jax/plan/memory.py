@@ -88,7 +88,7 @@ class MemoryReport:
         """Return the report of ``plan`` for a batch and model of ``geometry``."""
         heads, layers, total = geometry.num_heads, plan.num_layers, plan.schedule.total
         plain = geometry.plain
-        if any(part.numbers is not None for row in set(plan.rows) for part in row.parts):
+        if plan.states_formats:
             plain = replace(plain, numbers=NUMBERS["bfloat16"])
         everything = plain.bytes(heads * total * layers)
         return cls(

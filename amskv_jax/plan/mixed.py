@@ -24,6 +24,7 @@ class MixedRow:
     """
 
     kind: ClassVar[str] = "mixed"
+    pooled: ClassVar[bool] = True
     parts: tuple[Part[HeadRow], ...]
 
     @classmethod
@@ -40,11 +41,6 @@ class MixedRow:
         return {
             "parts": [{"numbers": numbers, **row.to_json(schedule)} for numbers, row in self.parts]
         }
-
-    def share(self, heads: Iterable[int]) -> "MixedRow":
-        """Return what some of the heads keep; formats stay, even with nothing in them."""
-        chosen = tuple(heads)
-        return MixedRow(tuple(Part(numbers, row.share(chosen)) for numbers, row in self.parts))
 
     @cached_property
     def kept_tokens(self) -> tuple[float, ...]:

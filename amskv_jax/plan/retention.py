@@ -9,9 +9,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from amskv_jax.errors import AmskvError
 from amskv_jax.plan.mixed import MixedRow
@@ -28,16 +27,8 @@ ROWS: dict[str, Any] = {
 """Name of every kind of row in JSON -> its class."""
 
 MAX_SCANS = 4
-"""Runs of equal layers up to this number are scanned one by one. More would make the compiled
+"""Runs of layers of one group, up to this number, are scanned one by one. More would make the
 program long, so all layers are then scanned at once and each picks its group's attention."""
-
-
-class Run(NamedTuple):
-    """Consecutive layers with equal rows."""
-
-    row: Row
-    start: int
-    stop: int
 
 
 @dataclass(frozen=True)
@@ -84,14 +75,20 @@ class RetentionPlan:
         return len(self.rows)
 
     @cached_property
-    def runs(self) -> tuple[Run, ...]:
-        """Runs of consecutive layers with equal rows."""
-        runs, start = [], 0
-        for row, layers in groupby(self.rows):
-            stop = start + len(list(layers))
-            runs.append(Run(row, start, stop))
-            start = stop
-        return tuple(runs)
+    def group_of(self) -> tuple[int, ...]:
+        """The group of every layer, numbered in order of first appearance.
+
+        Layers of a group share buffers and a program: those with equal rows, and all that are
+        ``pooled``.
+        """
+        keys = [None if row.pooled else row for row in self.rows]
+        numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+        return tuple(numbers[key] for key in keys)
+
+    @property
+    def states_formats(self) -> bool:
+        """Whether some rows say in which formats of numbers they keep tokens."""
+        return any(part.numbers is not None for row in set(self.rows) for part in row.parts)
 
     @classmethod
     def from_keep(
@@ -173,6 +170,14 @@ class RetentionPlan:
             return cls.from_json(text, schedule)
         except AmskvError as error:
             raise AmskvError(f"{path}: {error}") from error
+
+
+def scans(group_of: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Return the ranges of layers that are scanned together, of layers of these groups."""
+    starts = [0, *(i for i in range(1, len(group_of)) if group_of[i] != group_of[i - 1])]
+    if len(starts) > MAX_SCANS:
+        starts = [0]
+    return list(zip(starts, [*starts[1:], len(group_of)], strict=True))
 
 
 def layers_by_row(plan: RetentionPlan) -> dict[Row, list[int]]:

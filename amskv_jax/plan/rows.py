@@ -52,6 +52,7 @@ class StaticRow:
     """
 
     kind: ClassVar[str] = "static"
+    pooled: ClassVar[bool] = False
     keep: tuple[tuple[Segment, ...], ...]
 
     @classmethod
@@ -160,6 +161,7 @@ class HeadRow:
     """
 
     kind: ClassVar[str] = "heads"
+    pooled: ClassVar[bool] = True
     heads: tuple[StaticRow, ...]
 
     @classmethod
@@ -245,9 +247,12 @@ class Row(Protocol):
 
     Attributes:
       kind: its name in a plan's JSON.
+      pooled: whether all layers with such rows share their buffers, in which each has slots of its
+        own, and one program for which their differences are data.
     """
 
     kind: ClassVar[str]
+    pooled: ClassVar[bool]
 
     @property
     def parts(self) -> Sequence[Part["Row"]]:

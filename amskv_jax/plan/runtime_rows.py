@@ -23,6 +23,7 @@ class SelectingRow:
     """
 
     kind: ClassVar[str] = "selecting"
+    pooled: ClassVar[bool] = False
     counts: tuple[int, ...]
     selector: Selector
 
@@ -102,6 +103,7 @@ class OnlineRow:
     """
 
     kind: ClassVar[str] = "online"
+    pooled: ClassVar[bool] = False
     tokens: tuple[int, ...]
     c_min: int
     c_max: int

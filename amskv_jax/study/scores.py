@@ -29,7 +29,7 @@ def score_report(directory: Path, fingerprint: str) -> Iterator[str]:
     for found in files:
         for name, record in found["policies"].items():
             policy = name.partition(", ")[0] if name.endswith(record["cache_dtype"]) else name
-            numbers = "its own" if policy.startswith("optimal") else record["cache_dtype"]
+            numbers = "its own" if record["states_formats"] else record["cache_dtype"]
             rows.setdefault((policy, numbers), record | {"pictures": found["pictures"]})
     pictures = sorted({str(record["pictures"]) for record in rows.values()}, key=int)
     yield "## What a cache costs: held-out cross-entropy"
@@ -70,7 +70,7 @@ def _read(path: Path, fingerprint: str) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         own = found["fingerprint"]
         for record in found["policies"].values():
-            _figure(record["above_full"]), _figure(record["divergence"])
+            _figure(record["above_full"]), _figure(record["divergence"]), record["states_formats"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AmskvError(
             f"{path} holds no score: write it with `amskv score --out` ({error})"
