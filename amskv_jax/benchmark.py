@@ -151,7 +151,9 @@ def _measure(
             jax.block_until_ready(drawer.call(params, condition, keys, controls))
     return Measurement(
         device=device.device_kind,
-        attention=choose_implementation(sampler.attention, sampler.dtype, sampler.shape.head_dim),
+        attention=choose_implementation(
+            sampler.attention, sampler.activation_dtype, sampler.shape.head_dim
+        ),
         pictures_per_second=batch / sorted(seconds[1:])[repeats // 2],
         seconds=tuple(seconds[1:]),
         compile_seconds=drawer.compile_seconds,

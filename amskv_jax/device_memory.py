@@ -79,7 +79,7 @@ def predict(
     geometry = sampler.geometry(own)
     rows = geometry.rows
     weights, decoder = _weights(model, sampler.dtype, in_turns)
-    held = model.held_bytes(rows, condition, sampler.dtype)
+    held = model.held_bytes(rows, condition, sampler.activation_dtype)
     if work.shape.modulation:
         numbers = plan.num_layers * rows * work.shape.modulation
         held = {**held, "modulation of the blocks": numbers * work.itemsize}
@@ -107,7 +107,7 @@ def predict(
 
 def predict_on_gpu(sampler: Sampler, pictures: int, *, in_turns: bool = False) -> DeviceMemory:
     """Return what an NVIDIA GPU needs to draw a batch, wherever this runs; see ``predict``."""
-    flash = has_flash(sampler.dtype, sampler.shape.head_dim)
+    flash = has_flash(sampler.activation_dtype, sampler.shape.head_dim)
     logits = 0 if flash else LOGITS_BYTES
     work = replace(sampler.activations, logits_bytes=logits)
     return predict(sampler, pictures, in_turns=in_turns, work=work)
@@ -212,7 +212,7 @@ def _decoding(sampler: Sampler, pictures: int) -> dict[str, int]:
     """
     model, schedule = sampler.model, sampler.plan.schedule
     height, width = model.picture_size(schedule)
-    _, tokenizer = model.bind({part: {} for part in PARTS}, schedule, sampler.dtype)
+    _, tokenizer = model.bind({part: {} for part in PARTS}, schedule, sampler.activation_dtype)
     at_once = min(pictures, max(1, DECODED_BYTES // tokenizer.activation_bytes))
     return {
         "latents and pictures": pictures * (4 * prod(tokenizer.latent_shape) + 15 * height * width),

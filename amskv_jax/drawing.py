@@ -12,6 +12,7 @@ import numpy as np
 
 from amskv_jax.decode import decode_pixels
 from amskv_jax.device_memory import check_memory, device_limit
+from amskv_jax.float8 import check_float8
 from amskv_jax.generate import Sampler, Samples, picture_keys
 from amskv_jax.mesh import DATA
 from amskv_jax.models.guidance import Controls
@@ -123,7 +124,9 @@ class Drawer:
 
         Raises:
           OutOfMemoryError: if a batch needs more, naming the largest that does not.
+          AmskvError: if products are in float8, and the device has none.
         """
+        check_float8(sampler.dtype)
         mesh = sampler.mesh
         batch = batch if mesh is None else mesh.filled(batch)
         self.sampler, self.conditions, self.batch = sampler, conditions, batch
@@ -140,7 +143,7 @@ class Drawer:
             if mesh is not None:
                 sharding = mesh.sharding(DATA)
                 latent = jax.ShapeDtypeStruct(latent.shape, latent.dtype, sharding=sharding)
-            how = sampler.model, sampler.plan.schedule, sampler.dtype
+            how = sampler.model, sampler.plan.schedule, sampler.activation_dtype
             lowered.append(decode_pixels.lower(*how, _tokenizer(params), latent, mesh))
         self.trace_seconds = time.perf_counter() - start
         self.programs = [program.compile() for program in lowered]

@@ -23,6 +23,7 @@ from amskv_jax.plan.activations import Activations, StepShares, step_shares
 from amskv_jax.plan.memory import CacheGeometry
 from amskv_jax.plan.retention import RetentionPlan
 from amskv_jax.plan.shape import CacheShape
+from amskv_jax.precision import FLOAT8, activation_dtype
 from amskv_jax.sampling import TokenSampling, draw, filter_logits, smooth_mixture
 
 COMPILER_OPTIONS: dict[str, dict[str, bool]] = {
@@ -74,8 +75,9 @@ class Sampler:
       plan: what the cache keeps, and the schedule that is drawn.
       guidance: where guidance acts, and so whether a picture has one row or two.
       sampling: how tokens are drawn.
-      dtype: "float32" or "bfloat16", of matrix products.
-      cache_dtype: how cached numbers are kept, a name of ``numbers.NUMBERS``; None for ``dtype``.
+      dtype: "float32", "bfloat16" or "float8", of matrix products; see ``activation_dtype``.
+      cache_dtype: how cached numbers are kept, a name of ``numbers.NUMBERS``; None for that of
+        activations.
       attention: back end, see ``attention.attend``.
       trace: whether to return logits and the latents of all scales.
       observe: looks at every layer's attention, see ``stack.Observer``.
@@ -103,18 +105,25 @@ class Sampler:
         if self.mesh is not None:
             self.mesh.check(self.shape.num_heads)
 
+    @property
+    def activation_dtype(self) -> str:
+        """Type of activations, see ``precision.activation_dtype``."""
+        return activation_dtype(self.dtype)
+
     def geometry(self, pictures: int, shards: int = 1) -> CacheGeometry:
         """Return what a cached token of a batch costs where so many devices share the heads."""
         own = replace(self.shape, num_heads=self.shape.num_heads // shards)
-        numbers = self.cache_dtype or self.dtype
+        numbers = self.cache_dtype or self.activation_dtype
         return CacheGeometry.of(own, pictures, numbers, self.guidance.rows_per_picture)
 
     @property
     def activations(self) -> Activations:
         """What a step needs besides weights and cache, on JAX's default device."""
-        chosen = choose_implementation(self.attention, self.dtype, self.shape.head_dim)
+        dtype = self.activation_dtype
+        chosen = choose_implementation(self.attention, dtype, self.shape.head_dim)
         logits = 0 if chosen == "cudnn" else logits_bytes()
-        return Activations(self.model.block_shape, jnp.dtype(self.dtype).itemsize, logits)
+        copies = 1 if self.dtype == FLOAT8 else 0
+        return Activations(self.model.block_shape, jnp.dtype(dtype).itemsize, logits, copies)
 
     def shares(self, step: int, geometry: CacheGeometry, work: Activations) -> StepShares:
         """Return in how many parts a step takes a batch; see ``plan.activations``."""
@@ -177,9 +186,9 @@ class Sampler:
         batch, schedule, guidance = len(keys), self.plan.schedule, self.guidance
         chex.assert_tree_shape_prefix(condition, (batch,))
         chex.assert_shape((controls.strength, controls.temperature), (schedule.num_scales,))
-        transformer, tokenizer = self.model.bind(params, schedule, self.dtype)
+        transformer, tokenizer = self.model.bind(params, schedule, self.activation_dtype)
         prepared = transformer.prepare(condition, guidance)
-        store = Store(numbers_of(self.cache_dtype or self.dtype))
+        store = Store(numbers_of(self.cache_dtype or self.activation_dtype))
         layout = CacheLayout.of(self.plan, store, shards())
         geometry = self.geometry(batch, shards())
         caches = layout.init(geometry.rows, geometry.num_heads, geometry.head_dim)

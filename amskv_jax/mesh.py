@@ -1,7 +1,7 @@
 """Several devices: pictures over the mesh's axis ``data``, heads and feed-forward over ``model``.
 
 A program runs under ``jax.shard_map``: every device runs it on its own pictures and its own heads,
-so that nothing is exchanged but what ``summed_product``, ``gathered`` and ``mean_over`` say. (Left
+so that nothing is exchanged but what ``summed``, ``gathered`` and ``mean_over`` say. (Left
 to the compiler, the three parts of ``qkv`` and the in-place writes of the cache would cost an
 exchange in every block.) Modules ask ``shards`` for how many parts of a block there are; outside of
 a mesh there is one, and nothing below does anything.
@@ -36,6 +36,16 @@ class Share(NamedTuple):
 
     axis: int = -1
     parts: int = 1
+
+    def split(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of a parameter whose parts have an axis of their own."""
+        axis = len(shape) + self.axis
+        return (*shape[:axis], self.parts, shape[axis] // self.parts, *shape[axis + 1 :])
+
+    def join(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape that ``split`` was given."""
+        axis = len(shape) + self.axis
+        return (*shape[: axis - 1], self.parts * shape[axis], *shape[axis + 1 :])
 
 
 SHARES: dict[str, Share] = {
@@ -186,19 +196,26 @@ class MeshShape:
     def _share(self, path: str) -> Share | None:
         if self.model == 1:
             return None
-        return next((s for end, s in SHARES.items() if f"/{path}".endswith(f"/{end}")), None)
+        kernel = path.removesuffix("/transposed")  # of a float8 weight, whose last axes are swapped
+        found = (s for end, s in SHARES.items() if f"/{kernel}".endswith(f"/{end}"))
+        share = next(found, None)
+        if share is None or kernel == path:
+            return share
+        return share._replace(axis=-3 - share.axis)
 
     def _viewed(self, path: str, leaf: Any) -> Any:
         """Return a parameter with the parts of its last axis on an axis of their own."""
         share = self._share(path)
         if share is None or share.parts == 1 or leaf.ndim == 4:
             return leaf
-        return leaf.reshape(*leaf.shape[:-1], share.parts, -1)
+        return leaf.reshape(share.split(leaf.shape))
 
     def _joined(self, path: str, leaf: Any) -> Any:
         """Undo ``_viewed``."""
         share = self._share(path)
-        return leaf if share is None or share.parts == 1 else leaf.reshape(*leaf.shape[:-2], -1)
+        if share is None or share.parts == 1:
+            return leaf
+        return leaf.reshape(share.join(leaf.shape))
 
     def _spec(self, path: str, leaf: Any) -> P:
         share = self._share(path)
@@ -236,9 +253,8 @@ def shards(axis: str = MODEL) -> int:
     return int(mesh.shape[axis]) if axis in mesh.manual_axes else 1
 
 
-def summed_product(*operands: Any, **options: Any) -> jax.Array:
-    """Return ``lax.dot_general``, summed over the devices which share the contracted channels."""
-    product = lax.dot_general(*operands, **options)
+def summed(product: jax.Array) -> jax.Array:
+    """Return a product, summed over the devices which share the contracted channels."""
     return lax.psum(product, MODEL) if shards() > 1 else product
 
 

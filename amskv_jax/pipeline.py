@@ -16,6 +16,7 @@ from amskv_jax.checkpoints.info import CheckpointInfo
 from amskv_jax.decode import decode
 from amskv_jax.drawing import Drawer
 from amskv_jax.errors import UsageError
+from amskv_jax.float8 import check_float8
 from amskv_jax.generate import Sampler, Samples, picture_keys
 from amskv_jax.mesh import MeshShape
 from amskv_jax.models.guidance import Controls, Drawing
@@ -25,6 +26,7 @@ from amskv_jax.plan.retention import RetentionPlan
 from amskv_jax.plan.shape import CacheShape
 from amskv_jax.plan.stats import LayerStats
 from amskv_jax.policies import Full, Policy
+from amskv_jax.precision import FLOAT8, activation_dtype
 from amskv_jax.sampling import TokenSampling
 from amskv_jax.schedule import ScaleSchedule
 from amskv_jax.text.reader import PromptReader
@@ -41,14 +43,16 @@ class Pipeline:
       model: the model's shape.
       params: the weights, a tree per part.
       schedule: what is drawn.
-      dtype: "float32" or "bfloat16", of weights, matrix products and cache.
+      dtype: "float32" or "bfloat16", of weights, matrix products and cache; or "float8", of the
+        products that ``float8.KERNELS`` names and their weights, all else being in bfloat16.
       drawing: how pictures are drawn unless a call says otherwise.
       fingerprint: of the weights, see ``checkpoints.weights.Fingerprint``.
       classes: names of the classes; none if they are not known.
       encode: turns what a user types into what ``Model.conditions`` takes; None where these are
         the same.
       default: what is drawn where nothing else is asked for; the model's own examples if None.
-      cache_dtype: how cached numbers are kept, a name of ``numbers.NUMBERS``; None for ``dtype``.
+      cache_dtype: how cached numbers are kept, a name of ``numbers.NUMBERS``; None for that of
+        activations.
       mesh: the devices which share the work; None for JAX's default device.
       low_memory: the weights are the host's, and on the device part after part: see ``load``.
     """
@@ -112,10 +116,17 @@ class Pipeline:
         """What the model caches."""
         return self.model.cache_shape(self.schedule)
 
+    @property
+    def activation_dtype(self) -> str:
+        """Type of activations, see ``precision.activation_dtype``."""
+        return activation_dtype(self.dtype)
+
     def geometry(self, pictures: int, drawing: Drawing | None = None) -> CacheGeometry:
         """Return what the cache of a batch costs per token; ``self.drawing`` if none is given."""
         rows = self.model.guidance(drawing or self.drawing).rows_per_picture
-        return CacheGeometry.of(self.shape, pictures, self.cache_dtype or self.dtype, rows)
+        return CacheGeometry.of(
+            self.shape, pictures, self.cache_dtype or self.activation_dtype, rows
+        )
 
     def plan(self, policy: Policy, stats: LayerStats | None = None) -> RetentionPlan:
         """Return what a policy keeps of this model's cache.
@@ -256,8 +267,10 @@ class Pipeline:
         Raises:
           UsageError: if nothing is wanted, or something that the model cannot draw, or an option is
             out of range.
-          AmskvError: if policy or statistics do not fit the model.
+          AmskvError: if policy or statistics do not fit the model, or products are in float8, and
+            the device has none.
         """
+        check_float8(self.dtype)
         if aspect is not None or size is not None:
             pipe = replace(self, schedule=self.model.find_schedule(aspect, size))
             return pipe.sample(
@@ -283,7 +296,7 @@ class Pipeline:
         if self.low_memory:  # the transformer's weights go before the decoder's come
             jax.block_until_ready(samples)
         tokenizer = {"tokenizer": self.params["tokenizer"]}
-        how = self.model, self.schedule, self.dtype
+        how = self.model, self.schedule, self.activation_dtype
         pictures = decode(*how, tokenizer, samples.latent, self.mesh)
         samples = replace(samples, pictures=pictures)
         return samples if batch == count else jax.tree.map(lambda leaf: leaf[:count], samples)
@@ -303,7 +316,8 @@ def load(
       source: a folder made by ``convert_var`` or ``init_checkpoint``, a packed checkpoint, an
         address of the Hugging Face hub such as "hf://user/repository@revision", or the name of an
         embedded model; by default "var-cifar10".
-      dtype: "float32" or "bfloat16"; None takes the one in which the weights are stored.
+      dtype: "float32", "bfloat16" or "float8", see ``Pipeline``; None takes the one in which the
+        weights are stored. A device without float8 products can score, but not draw with it.
       weights: load them too; plans and conditions need none. The text encoder's never are: it is
         loaded when there are prompts to encode, and dropped again.
       mesh: devices which share the work; each gets no more of the weights than it needs.
@@ -315,10 +329,15 @@ def load(
     Raises:
       AmskvError: if this is no checkpoint, or damaged, or cannot be downloaded, or there are too
         few devices.
-      UsageError: if the heads do not share out over the mesh, or there is one with ``low_memory``.
+      UsageError: if the heads do not share out over the mesh, or there is one, or "float8", with
+        ``low_memory``.
     """
     if low_memory and mesh is not None:
         raise UsageError("low_memory is for one device, not a mesh: leave one of them out")
+    if low_memory and dtype == FLOAT8:
+        raise UsageError(
+            "low_memory keeps weights in 8 bits of another kind than float8: leave one of them out"
+        )
     place = find_checkpoint(source)
     info = read_info(place)
     if mesh is not None:
@@ -328,5 +347,6 @@ def load(
         params = load_on_host(place, dtype, DRAWING_PARTS).params
     elif weights:
         params = load_checkpoint(place, dtype, DRAWING_PARTS, mesh).params
-    encode = PromptReader(place, dtype, mesh) if info.model.takes == "prompts" else None
+    reading = activation_dtype(dtype) if dtype else None
+    encode = PromptReader(place, reading, mesh) if info.model.takes == "prompts" else None
     return Pipeline.of(info, params, dtype, encode=encode, mesh=mesh, low_memory=low_memory)

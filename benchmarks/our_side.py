@@ -14,16 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import unflatten_dict
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from shapes import model_of
 
 from amskv_jax.benchmark import measure
-from amskv_jax.checkpoints.weights import storage_dtype
+from amskv_jax.checkpoints.weights import part_structs
 from amskv_jax.drawing import Drawer
 from amskv_jax.errors import OutOfMemoryError
 from amskv_jax.generate import Sampler, picture_keys
-from amskv_jax.models.kinds import param_shapes
 from amskv_jax.pipeline import Pipeline
 from amskv_jax.policies.grammar import parse_policy
 
@@ -101,14 +99,12 @@ def example_shapes(sampler: Sampler, batch: int) -> tuple[Any, Any, Any, Any]:
     """Return the arguments of a sampler, weights and keys as structs of their shapes."""
     model = sampler.model
     shapes = {
-        f"{part}/{path}": jax.ShapeDtypeStruct(shape, storage_dtype(path, sampler.dtype))
-        for part in ("transformer", "tokenizer")
-        for path, shape in param_shapes(model.parts[part]).items()
+        part: part_structs(model, part, sampler.dtype) for part in ("transformer", "tokenizer")
     }
     keys = jax.eval_shape(lambda: picture_keys(jax.random.key(0), batch))
     condition = model.conditions(None).batch(np.arange(batch))
     controls = model.controls(sampler.plan.schedule, model.drawing)
-    return unflatten_dict(shapes, sep="/"), condition, keys, controls
+    return shapes, condition, keys, controls
 
 
 def product_operations(sampler: Sampler, batch: int) -> int:

@@ -11,7 +11,8 @@ from flax import linen as nn
 from jax import lax
 
 from amskv_jax.attention import Attention
-from amskv_jax.mesh import gathered, shards, summed_product
+from amskv_jax.float8 import Float8Weight, float8_product
+from amskv_jax.mesh import gathered, shards, summed
 from amskv_jax.packed_weight import is_packed, widened
 from amskv_jax.precision import precision_of
 
@@ -54,6 +55,39 @@ class RMSNorm(nn.Module):
         return x * root * per_channel(scale.astype(jnp.float32), x)
 
 
+class BlockDense(nn.Module):
+    """A linear layer of a block, with the product in float8 where its kernel is.
+
+    Attributes:
+      features: channels of the output.
+      use_bias: whether there is a bias.
+      dtype: of product and output.
+      is_shared: devices share the contracted channels, so that their products are summed.
+    """
+
+    features: int
+    use_bias: bool = True
+    dtype: Any = jnp.float32
+    is_shared: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map [..., in] to [..., features]."""
+        if isinstance(self.get_variable("params", "kernel"), Float8Weight):
+            y = float8_product(x, self.get_variable("params", "kernel")).astype(self.dtype)
+        else:
+            init, shape = nn.initializers.lecun_normal(), (x.shape[-1], self.features)
+            kernel = self.param("kernel", init, shape).astype(self.dtype)
+            dimensions = (((x.ndim - 1,), (0,)), ((), ()))
+            precision = precision_of(self.dtype)
+            y = lax.dot_general(x.astype(self.dtype), kernel, dimensions, precision=precision)
+        y = summed(y) if self.is_shared else y
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            y += per_channel(bias.astype(self.dtype), y)
+        return y
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention around an injected attention function.
 
@@ -75,8 +109,7 @@ class SelfAttention(nn.Module):
     def __call__(self, x: jax.Array, attention: Attention) -> tuple[jax.Array, Any]:
         """Map [rows, T, D] to [rows, T, D] and the carry of ``attention``."""
         heads, width = self.num_heads // shards(), x.shape[-1] // shards()
-        dense = {"dtype": self.dtype, "precision": precision_of(self.dtype)}
-        qkv = nn.Dense(3 * width, use_bias=False, name="qkv", **dense)(x)
+        qkv = BlockDense(3 * width, use_bias=False, dtype=self.dtype, name="qkv")(x)
         query, key, value = jnp.split(qkv, 3, axis=-1)
         query_bias = self.param("query_bias", nn.initializers.zeros, (width,)).astype(self.dtype)
         value_bias = self.param("value_bias", nn.initializers.zeros, (width,)).astype(self.dtype)
@@ -98,7 +131,7 @@ class SelfAttention(nn.Module):
         query, key, value = (part.astype(self.dtype) for part in (query, key, value))
         output, carry = attention(query, key, value)
         output = output.reshape(*output.shape[:-2], width)
-        out = nn.Dense(x.shape[-1], name="out", dot_general=summed_product, **dense)
+        out = BlockDense(x.shape[-1], dtype=self.dtype, is_shared=True, name="out")
         return out(output), carry
 
 
@@ -111,9 +144,9 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map [rows, T, D] to [rows, T, D]."""
-        dense = {"dtype": self.dtype, "precision": precision_of(self.dtype)}
-        h = nn.gelu(nn.Dense(self.hidden // shards(), name="up", **dense)(x), approximate=True)
-        return nn.Dense(x.shape[-1], name="down", dot_general=summed_product, **dense)(h)
+        up = BlockDense(self.hidden // shards(), dtype=self.dtype, name="up")
+        down = BlockDense(x.shape[-1], dtype=self.dtype, is_shared=True, name="down")
+        return down(nn.gelu(up(x), approximate=True))
 
 
 class StackedDense(nn.Module):

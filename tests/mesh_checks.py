@@ -13,7 +13,7 @@ from checks import message
 from flax.traverse_util import unflatten_dict
 from made_stats import random_stats
 
-from amskv_jax import configs
+from amskv_jax import configs, float8
 from amskv_jax.cache.layout import CacheLayout
 from amskv_jax.cache.online import DecisionObserver
 from amskv_jax.cache.store import Store
@@ -280,6 +280,29 @@ def test_published_models_share_nearly_all_weights_out(name):
         whole += leaf.size
         held += np.prod(leaf.sharding.shard_shape(leaf.shape))
     assert held < 0.54 * whole
+
+
+@pytest.mark.parametrize("mesh", ["model=4", BOTH])
+@pytest.mark.parametrize("name", MODELS)
+def test_float8_kernels_are_shared_out(name, mesh, monkeypatch):
+    """Transposed as they are; sums over devices are rounded to bfloat16 once more."""
+    monkeypatch.setattr(float8, "KERNELS", ("attention/qkv", "attention/out", "mlp/up", "mlp/down"))
+    shape, model = MeshShape.parse(mesh), MODELS[name]
+    whole, shared = (
+        random_params(model, seed=1, dtype="float8", put=put)
+        for put in (MeshShape().place, shape.place)
+    )
+    blocks = shared["transformer"]["blocks"]
+    for kernel in (*(blocks["attention"][k] for k in ("qkv", "out")), *blocks["mlp"].values()):
+        leaf = kernel["kernel"].transposed
+        assert leaf.addressable_shards[0].data.nbytes == leaf.nbytes // shape.model
+    results = []
+    for params, own in ((whole, None), (shared, mesh)):
+        options = {"trace": True, "dtype": "float8", "guidance": UNGUIDED}
+        found = sampler_of(name, Full(), own, **options)(params, *arguments(name))
+        results.append(np.asarray(found.logits[:, 0]))  # before tokens differ
+    error = np.linalg.norm(results[1] - results[0]) / np.linalg.norm(results[0])
+    assert 0 < error < 0.04
 
 
 def test_text_encoder():

@@ -18,7 +18,7 @@ FOLDERS = {
 }
 FLOORS = [
     ["errors", "words", "precision", "schedule"],
-    ["files", "resize", "numbers", "packed_weight"],
+    ["files", "resize", "numbers", "packed_weight", "float8"],
     ["attention", "similarity", "sampling", "mesh"],
     ["plan"],
     ["policies", "models"],

@@ -30,6 +30,7 @@ from amskv_jax.plan.damage import BlockDamage, DamageRound
 from amskv_jax.plan.memory import CacheGeometry
 from amskv_jax.plan.mixed import MixedRow
 from amskv_jax.policies.optimal import allot_rows, plan_lives
+from amskv_jax.precision import FLOAT8
 from amskv_jax.schedule import ScaleSchedule
 
 FORMATS = ("bfloat16", "int8", "int4", "int3", "int2", "int1")
@@ -101,7 +102,8 @@ def measure_damage(
       update: shown the progress.
 
     Raises:
-      UsageError: if there are no pictures, ``batch`` is below 1, or a format is unknown.
+      UsageError: if there are no pictures, ``batch`` is below 1, a format is unknown, or products
+        are in float8.
       AmskvError: if pictures do not fit the model, or its predictions are not finite.
     """
     count = len(codes)
@@ -109,6 +111,8 @@ def measure_damage(
         raise UsageError(f"cannot measure {count} pictures, {batch} at once: 1 or more each")
     if not formats:
         raise UsageError("no formats in which blocks may be kept")
+    if pipe.dtype == FLOAT8:
+        raise UsageError("float8 products have no gradient: load the model in bfloat16")
     if len(conditions) != count or codes.shape[1] != pipe.schedule.total:
         raise AmskvError(
             f"there are {len(conditions)} conditions for {count} pictures of {codes.shape[1]} "

@@ -23,6 +23,7 @@ from amskv_jax.checkpoints.weights import (
     check_shapes,
     model_shapes,
     packed_stacks,
+    put_weight,
     required_parts,
     storage_dtype,
 )
@@ -202,8 +203,8 @@ def load_checkpoint(
 
     Args:
       directory: the folder, or the packed file.
-      dtype: "float32" or "bfloat16" to cast the weights, see ``storage_dtype``; None leaves them as
-        they are stored.
+      dtype: "float32", "bfloat16" or "float8" to cast the weights, see ``put_weight``; None leaves
+        them as they are stored.
       parts: which are loaded, such as ("transformer", "tokenizer"); by default all.
       mesh: devices among which the weights are shared out, one by one as they are read; by default
         all are put on JAX's default device.
@@ -214,8 +215,7 @@ def load_checkpoint(
     info = read_info(directory)
     params, put = {}, put_on(mesh)
     for path, leaf in read_leaves(directory, info, parts):
-        target = storage_dtype(path, dtype or info.dtype)
-        params[path] = put(path, leaf.astype(target, copy=False))
+        params[path] = put_weight(path, leaf, dtype or info.dtype, put)
         del leaf
     return Checkpoint(info, unflatten_dict(params, sep="/"))
 

@@ -9,10 +9,11 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from amskv_jax.checkpoints.info import CheckpointInfo
-from amskv_jax.checkpoints.weights import storage_dtype
+from amskv_jax.checkpoints.weights import put_weight, storage_dtype
 from amskv_jax.checkpoints.writer import CheckpointWriter
 from amskv_jax.models.kinds import param_shapes
 from amskv_jax.models.protocol import Model
+from amskv_jax.precision import activation_dtype
 
 MOST_NUMBERS = 1048573
 """Random numbers that are drawn for one parameter; larger ones repeat them.
@@ -56,7 +57,7 @@ def random_params(
     Args:
       model: kind and shape of the model.
       seed: of the random numbers.
-      dtype: see ``weights.storage_dtype``.
+      dtype: see ``weights.put_weight``.
       parts: which are wanted; by default all.
       put: what becomes of every parameter, given its "part/path" and values, before the next is
         made, such as ``mesh.MeshShape.place``.
@@ -66,9 +67,9 @@ def random_params(
     """
     generator = np.random.default_rng(seed)
     params = {
-        f"{part}/{path}": put(f"{part}/{path}", leaf)
+        f"{part}/{path}": put_weight(f"{part}/{path}", leaf, dtype, put)
         for part in (model.parts if parts is None else parts)
-        for path, leaf in random_leaves(model.parts[part], generator, dtype)
+        for path, leaf in random_leaves(model.parts[part], generator, activation_dtype(dtype))
     }
     return unflatten_dict(params, sep="/")
 

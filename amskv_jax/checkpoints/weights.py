@@ -5,7 +5,7 @@ A tree of weights is flat here, {path: array}, the names along the way joined by
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -14,9 +14,11 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from amskv_jax.errors import AmskvError
+from amskv_jax.float8 import float8_weight, is_float8
 from amskv_jax.models.kinds import optional_parts, param_shapes
 from amskv_jax.models.protocol import Model
 from amskv_jax.packed_weight import PackedWeight
+from amskv_jax.precision import FLOAT8, activation_dtype
 
 Shape = tuple[int, ...]
 
@@ -120,6 +122,25 @@ def model_shapes(model: Model, parts: Iterable[str] | None = None) -> dict[str, 
     }
 
 
+def put_weight(
+    path: str, leaf: np.ndarray, dtype: str, put: Callable[[str, np.ndarray], Any]
+) -> Any:
+    """Return a parameter as it is used where products are in ``dtype``.
+
+    Args:
+      path: "part/path" of the parameter.
+      leaf: its values.
+      dtype: "float32", "bfloat16" or "float8": then kernels are rounded here.
+      put: puts a parameter on the devices, given its path and values.
+
+    Raises:
+      AmskvError: if the dtype is unknown.
+    """
+    target = storage_dtype(path, activation_dtype(dtype))
+    placed = put(path, leaf.astype(target, copy=False))
+    return float8_weight(placed) if dtype == FLOAT8 and is_float8(path, leaf.shape) else placed
+
+
 def packed_stacks(path: str, shape: Shape) -> bool:
     """Return whether a parameter stays in 8 bits where memory is little.
 
@@ -135,16 +156,18 @@ def part_structs(model: Model, part: str, dtype: str, *, low_memory: bool = Fals
     Args:
       model: kind and shape of the model.
       part: its name.
-      dtype: in which they are loaded, see ``storage_dtype``.
+      dtype: in which they are loaded, see ``put_weight``.
       low_memory: as ``folder.load_on_host`` loads them.
     """
     struct: Any = jax.ShapeDtypeStruct
     flat: dict[str, Any] = {}
     for path, shape in param_shapes(model.parts[part]).items():
-        numbers = storage_dtype(f"{part}/{path}", dtype)
+        numbers = storage_dtype(f"{part}/{path}", activation_dtype(dtype))
         if low_memory and packed_stacks(path, shape):
             scale = struct((*shape[:-2], 1, shape[-1]), jnp.float32)
             flat[path] = PackedWeight(struct(shape, jnp.int8), scale, numbers.name)
+        elif dtype == FLOAT8 and is_float8(f"{part}/{path}", shape):
+            flat[path] = jax.eval_shape(float8_weight, struct(shape, numbers))
         else:
             flat[path] = struct(shape, numbers)
     return unflatten_dict(flat, sep="/")

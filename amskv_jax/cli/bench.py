@@ -12,9 +12,9 @@ from amskv_jax.cli.files import check_outputs, check_suffix
 from amskv_jax.cli.options import (
     Attention,
     CacheDtypeOption,
-    Dtype,
     ForceOption,
     MeshOption,
+    ProductDtype,
     StatsOption,
 )
 from amskv_jax.cli.policy import PoliciesOption
@@ -29,7 +29,13 @@ def bench(
     model: Annotated[str, typer.Option(help="Name of a known model, such as var-d30.")],
     policies: PoliciesOption = "full,ams",
     batch: Annotated[int, typer.Option(min=1, help="Pictures generated at once.")] = 1,
-    dtype: Annotated[Dtype, typer.Option(help="Of weights, products and cache.")] = Dtype.BFLOAT16,
+    dtype: Annotated[
+        ProductDtype,
+        typer.Option(
+            help="Of weights, products and cache; float8: products that bear it, all else in "
+            "bfloat16."
+        ),
+    ] = ProductDtype.BFLOAT16,
     repeats: Annotated[int, typer.Option(min=1, help="Timed calls; the median counts.")] = 3,
     attention: Annotated[Attention, typer.Option(help="Attention back end.")] = Attention.AUTO,
     decode: Annotated[
@@ -74,9 +80,11 @@ def bench(
     from amskv_jax import __version__  # noqa: PLC0415
     from amskv_jax.benchmark import measure_in_new_process  # noqa: PLC0415
     from amskv_jax.errors import OutOfMemoryError  # noqa: PLC0415
+    from amskv_jax.float8 import check_float8  # noqa: PLC0415
     from amskv_jax.mesh import MeshShape  # noqa: PLC0415
     from amskv_jax.plan.stats import LayerStats  # noqa: PLC0415
 
+    check_float8(dtype.value)
     pipe = replace(known_pipeline(model, dtype), mesh=MeshShape.parse(mesh))
     pipe = as_wanted(pipe, aspect=aspect, size=size, cache_dtype=cache_dtype, cfg=cfg)
     statistics = LayerStats.load(stats) if stats else None

@@ -248,7 +248,7 @@ def draw_bulk(
         drawing=pipe.drawing,
         dtype=pipe.dtype,
         weights="in 8 bits" if pipe.low_memory and weights.is_dir() else "as stored",
-        cache_dtype=pipe.cache_dtype or pipe.dtype,
+        cache_dtype=pipe.cache_dtype or pipe.activation_dtype,
         cache=plan.note,
         plan=hashlib.sha256(plan.to_json().encode()).hexdigest()[:16],
     )

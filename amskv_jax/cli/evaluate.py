@@ -19,9 +19,9 @@ from amskv_jax.cli.options import (
     CompilationCacheOption,
     ManyOption,
     MeshOption,
+    ProductDtypeOption,
     SeedOption,
     StatsOption,
-    StoredDtypeOption,
 )
 from amskv_jax.cli.policy import PoliciesOption
 from amskv_jax.cli.wanted import (
@@ -77,7 +77,7 @@ def evaluate(
     top_p: TopPOption = None,
     batch_size: ManyOption = 500,
     shard: Annotated[int, typer.Option(min=1, help="Pictures per file while drawing.")] = 1000,
-    dtype: StoredDtypeOption = None,
+    dtype: ProductDtypeOption = None,
     attention: AttentionOption = Attention.AUTO,
     mesh: MeshOption = None,
     stats: StatsOption = None,
@@ -93,6 +93,7 @@ def evaluate(
     from amskv_jax.evaluation.evaluate import evaluate as run  # noqa: PLC0415
     from amskv_jax.evaluation.measures import Judge  # noqa: PLC0415
     from amskv_jax.evaluation.metrics import check_picture_count  # noqa: PLC0415
+    from amskv_jax.float8 import check_float8  # noqa: PLC0415
     from amskv_jax.plan.stats import LayerStats  # noqa: PLC0415
     from amskv_jax.policies.grammar import parse_policies  # noqa: PLC0415
     from amskv_jax.training.data import load_pictures  # noqa: PLC0415
@@ -108,6 +109,7 @@ def evaluate(
             raise UsageError("the metrics compare with real pictures: give --real")
     drawing = {"cfg": cfg, "top_k": top_k, "top_p": top_p}
     model = open_checkpoint(checkpoint, dtype, mesh, aspect=aspect, size=size, **drawing)
+    check_float8(model.dtype)
     conditions = conditions_of(model, prompts=prompts, text_features=text_features)
     model = replace(with_weights(model, checkpoint), default=conditions)
     evaluation = Evaluation(

@@ -14,10 +14,18 @@ from amskv_jax.words import read_bytes, read_ranges
 
 
 class Dtype(StrEnum):
-    """Types of numbers in weights and cache."""
+    """Types of numbers in which weights are stored."""
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
+
+
+class ProductDtype(StrEnum):
+    """Types of numbers in which matrix products are computed."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT8 = "float8"
 
 
 class Attention(StrEnum):
@@ -107,6 +115,14 @@ SeedOption = Annotated[
 StoredDtypeOption = Annotated[
     Dtype | None,
     typer.Option("--dtype", help="Of weights, products and cache; as stored if not given."),
+]
+ProductDtypeOption = Annotated[
+    ProductDtype | None,
+    typer.Option(
+        "--dtype",
+        help="Of weights, products and cache; as stored if not given. float8: products that "
+        "bear it, all else in bfloat16; drawing so needs an NVIDIA GPU such as H100.",
+    ),
 ]
 CacheDtypeOption = Annotated[
     str | None,

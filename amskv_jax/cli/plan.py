@@ -11,9 +11,9 @@ from amskv_jax.cli.files import check_outputs, check_suffix
 from amskv_jax.cli.options import (
     CacheDtypeOption,
     DeviceMemoryOption,
-    Dtype,
     ForceOption,
     LowMemoryOption,
+    ProductDtype,
     StatsOption,
     finding,
 )
@@ -23,6 +23,7 @@ from amskv_jax.cli.wanted import (
     CfgOption,
     SizeOption,
     as_wanted,
+    check_low_memory,
     known_pipeline,
     open_checkpoint,
 )
@@ -46,7 +47,7 @@ def plan(
         ),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Pictures generated at once.")] = 1,
-    dtype: Annotated[Dtype, typer.Option(help="Of the products.")] = Dtype.BFLOAT16,
+    dtype: Annotated[ProductDtype, typer.Option(help="Of the products.")] = ProductDtype.BFLOAT16,
     cache_dtype: CacheDtypeOption = None,
     aspect: AspectOption = None,
     size: SizeOption = None,
@@ -94,6 +95,8 @@ def plan(
         pipe = open_checkpoint(checkpoint, dtype, **wanted)
     else:
         raise UsageError("give either --model or --checkpoint")
+    if low_memory:
+        check_low_memory(pipe)
     shape, geometry = pipe.shape, pipe.geometry(batch)
     statistics = LayerStats.load(stats, pipe.fingerprint or None) if stats else None
     made = request.plan(shape, geometry, statistics)
@@ -101,8 +104,9 @@ def plan(
     if request.policy != AMSKV() or request.max_bytes is not None:
         plans = {"AMS-KV with its defaults": AMSKV().plan(shape)} | plans
     print_plan(made)
-    held = pipe.model.held_bytes(geometry.rows, None, dtype.value)
-    print_memory(plans, geometry, batch, dtype.value, held)
+    numbers = pipe.activation_dtype
+    held = pipe.model.held_bytes(geometry.rows, None, numbers)
+    print_memory(plans, geometry, batch, numbers, held)
     if device_memory is not None:
 
         def predicted(pictures: int) -> DeviceMemory:

@@ -31,10 +31,10 @@ from amskv_jax.cli.options import (
     CacheDtypeOption,
     CompilationCacheOption,
     DeviceMemoryOption,
-    Dtype,
     ForceOption,
     LowMemoryOption,
     MeshOption,
+    ProductDtypeOption,
     SeedOption,
     StatsOption,
 )
@@ -52,12 +52,12 @@ from amskv_jax.cli.wanted import (
     TextFeaturesOption,
     TopKOption,
     TopPOption,
+    check_low_memory,
     conditions_of,
     open_checkpoint,
     read_codes,
     with_weights,
 )
-from amskv_jax.errors import UsageError
 from amskv_jax.files import replacing
 
 if TYPE_CHECKING:
@@ -124,9 +124,7 @@ def sample(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Pictures generated at once; all if not given.")
     ] = None,
-    dtype: Annotated[
-        Dtype | None, typer.Option(help="Of weights, products and cache; as stored if not given.")
-    ] = None,
+    dtype: ProductDtypeOption = None,
     cache_dtype: CacheDtypeOption = None,
     attention: Annotated[Attention, typer.Option(help="Attention back end.")] = Attention.AUTO,
     mesh: MeshOption = None,
@@ -174,6 +172,7 @@ def sample(
     from amskv_jax.cli.tables import print_memory, print_plan  # noqa: PLC0415
     from amskv_jax.device_memory import check_memory, device_limit  # noqa: PLC0415
     from amskv_jax.drawing import Chosen  # noqa: PLC0415
+    from amskv_jax.float8 import check_float8  # noqa: PLC0415
     from amskv_jax.plan.memory import MemoryReport  # noqa: PLC0415
     from amskv_jax.plan.stats import LayerStats  # noqa: PLC0415
     from amskv_jax.policies.grammar import parse_policies  # noqa: PLC0415
@@ -198,8 +197,9 @@ def sample(
         top_p=top_p,
         more_smooth=more_smooth,
     )
-    if low_memory and mesh:
-        raise UsageError("--low-memory is for one device: leave out --mesh")
+    if low_memory:
+        check_low_memory(pipe)
+    check_float8(pipe.dtype)
     pipe = replace(pipe, low_memory=low_memory)
     with progress("reading"):
         conditions = conditions_of(
@@ -256,11 +256,12 @@ def sample(
         title: pipe.sampler(plan, attention=attention.value)
         for title, plan in zip(titles, plans, strict=True)
     }
-    backend = choose_implementation(attention.value, pipe.dtype, shape.head_dim)
+    backend = choose_implementation(attention.value, pipe.activation_dtype, shape.head_dim)
     device = jax.devices()[0]
     print_plan(plans[-1])
-    held = pipe.model.held_bytes(geometry.rows, conditions.batch(np.arange(batch)), pipe.dtype)
-    print_memory({"this plan": plans[-1]}, geometry, batch, pipe.dtype, held)
+    numbers = pipe.activation_dtype
+    held = pipe.model.held_bytes(geometry.rows, conditions.batch(np.arange(batch)), numbers)
+    print_memory({"this plan": plans[-1]}, geometry, batch, numbers, held)
     print_line(f"{pipe.dtype} on {device.device_kind} ({device.platform}), attention {backend}")
     if pipe.mesh:
         print_line(f"mesh of {pipe.mesh}: {pipe.mesh.size} devices, {batch} pictures at once")

@@ -18,8 +18,8 @@ from amskv_jax.cli.options import (
     CheckpointOption,
     CompilationCacheOption,
     ForceOption,
+    ProductDtypeOption,
     StatsOption,
-    StoredDtypeOption,
 )
 from amskv_jax.cli.policy import PoliciesOption
 from amskv_jax.cli.real import real_pictures
@@ -67,7 +67,7 @@ def score(
         bool, typer.Option("--crop", help="Scale and crop pictures of another size.")
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 50,
-    dtype: StoredDtypeOption = None,
+    dtype: ProductDtypeOption = None,
     cache_dtypes: Annotated[
         str | None,
         typer.Option(
@@ -104,18 +104,18 @@ def score(
     if compilation_cache:
         use_compilation_cache()
     pipe = open_checkpoint(checkpoint, dtype, aspect=aspect, size=size)
-    numbers = cache_dtypes.split(",") if cache_dtypes else [pipe.dtype]
+    numbers = cache_dtypes.split(",") if cache_dtypes else [pipe.activation_dtype]
     for name in numbers:
         numbers_of(name)
     statistics = LayerStats.load(stats, pipe.fingerprint) if stats else None
     geometry = pipe.geometry(batch_size)
     plans = {one.text: one.plan(pipe.shape, geometry, statistics) for one in requests}
     caches = {
-        text if name == pipe.dtype else f"{text}, {name}": (plan, name)
+        text if name == pipe.activation_dtype else f"{text}, {name}": (plan, name)
         for text, plan in plans.items()
         for name in numbers
     }
-    full = pipe.plan(Full()), pipe.dtype
+    full = pipe.plan(Full()), pipe.activation_dtype
     if full not in caches.values():
         caches = {"full": full, **caches}
     texts = {"prompts": prompts, "text_features": text_features}
@@ -129,7 +129,7 @@ def score(
     samplers = {
         name: replace(
             pipe.sampler(plan, attention=attention.value),
-            cache_dtype=None if kept == pipe.dtype else kept,
+            cache_dtype=None if kept == pipe.activation_dtype else kept,
         )
         for name, (plan, kept) in caches.items()
     }

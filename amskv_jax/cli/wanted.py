@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from amskv_jax.cli.console import progress
-from amskv_jax.cli.options import Dtype, parse_numbers
+from amskv_jax.cli.options import Dtype, ProductDtype, parse_numbers
 from amskv_jax.errors import AmskvError, UsageError
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def as_wanted(
 
 
 def open_checkpoint(
-    place: Path, dtype: Dtype | None, mesh: str | None = None, **options: Any
+    place: Path, dtype: Dtype | ProductDtype | None, mesh: str | None = None, **options: Any
 ) -> "Pipeline":
     """Return a checkpoint without its weights, for what the options ask for.
 
@@ -178,13 +178,26 @@ def open_checkpoint(
     return as_wanted(pipe, **options)
 
 
-def known_pipeline(name: str, dtype: Dtype) -> "Pipeline":
+def known_pipeline(name: str, dtype: Dtype | ProductDtype) -> "Pipeline":
     """Return a known model, which has no weights."""
     from amskv_jax import configs  # noqa: PLC0415
     from amskv_jax.pipeline import Pipeline  # noqa: PLC0415
 
     model = configs.get(name).model
     return Pipeline(model, None, model.schedule, dtype.value, model.drawing)
+
+
+def check_low_memory(pipe: "Pipeline") -> None:
+    """Raise a UsageError if ``--low-memory`` does not go with what else is asked for."""
+    from amskv_jax.precision import FLOAT8  # noqa: PLC0415
+
+    if pipe.mesh:
+        raise UsageError("--low-memory is for one device: leave out --mesh")
+    if pipe.dtype == FLOAT8:
+        raise UsageError(
+            "--low-memory keeps weights in 8 bits of another kind: leave it out, or take "
+            "--dtype bfloat16"
+        )
 
 
 def with_weights(pipe: "Pipeline", place: Path) -> "Pipeline":

@@ -16,6 +16,7 @@ from amskv_jax.pipeline import Pipeline
 from amskv_jax.plan.retention import RetentionPlan
 from amskv_jax.plan.stats import LayerStats
 from amskv_jax.policies.budgets import memory_report
+from amskv_jax.precision import activation_dtype
 
 CALIBRATION_SEED = 2**31 - 1
 """Of the pictures which calibration looks at: not among those that are judged."""
@@ -78,14 +79,15 @@ class Comparison:
         Savings count against a cache of all scales in the comparison's dtype.
         """
         rows = model.model.guidance(self.drawing(model)).rows_per_picture
-        report = memory_report(plan, model.shape, dtype, rows)
+        report = memory_report(plan, model.shape, activation_dtype(dtype), rows)
+        baseline = memory_report(plan, model.shape, activation_dtype(self.dtype), rows)
         return {
             "note": plan.note,
             "dtype": dtype,
             "num": self.num,
             "device": jax.devices()[0].device_kind,
             "cache_bytes": report.plan,
-            "saving": report.saving(memory_report(plan, model.shape, self.dtype, rows).full),
+            "saving": report.saving(baseline.full),
         }
 
 

@@ -30,11 +30,14 @@ class Activations:
       shape: of blocks and head.
       itemsize: bytes of a number in products.
       logits_bytes: most bytes of float32 attention logits at once; 0 where attention makes none.
+      copied: bytes of a number's copy in the type in which it is multiplied, 0 where that is its
+        own.
     """
 
     shape: BlockShape
     itemsize: int
     logits_bytes: int = 0
+    copied: int = 0
 
     def residual(self, rows: int, tokens: int) -> int:
         """Return the bytes of the residual stream: ``tokens`` of every batch row."""
@@ -65,6 +68,7 @@ class Activations:
         needed += 2 * tokens if folded else 0
         attention = channels * (normed + self.itemsize * needed)
         feed_forward = self.itemsize * tokens * (2 * self.shape.width + self.shape.hidden)
+        feed_forward += self.copied * tokens * self.shape.hidden
         logits = FLOAT32 * geometry.rows * geometry.num_heads * tokens * joined
         weights = 2 * min(self.logits_bytes, logits)  # and the probabilities
         return max(geometry.rows * attention + weights, geometry.rows * feed_forward)

@@ -13,13 +13,14 @@ from flax import struct
 from jax import lax
 
 from amskv_jax.attention import Attention, Implementation, attend, attend_block_causal
-from amskv_jax.mesh import shards, summed_product
+from amskv_jax.mesh import shards
 from amskv_jax.models.guidance import UNGUIDED, Guidance
 from amskv_jax.models.infinity.config import InfinityConfig
 from amskv_jax.models.infinity.rotary import rotate, turns
 from amskv_jax.models.infinity.text import KeysValues, Pooling, Projection, TextCondition
 from amskv_jax.models.layers import (
     NORM_EPSILON,
+    BlockDense,
     FeedForward,
     Head,
     RMSNorm,
@@ -28,7 +29,6 @@ from amskv_jax.models.layers import (
 )
 from amskv_jax.models.parts import Built, module_of
 from amskv_jax.models.protocol import Prepared
-from amskv_jax.precision import precision_of
 from amskv_jax.schedule import ScaleSchedule
 
 Turns = tuple[jax.Array, jax.Array]
@@ -84,12 +84,11 @@ class CrossAttention(nn.Module):
     ) -> jax.Array:
         """Map [rows, T, D] to [rows, T, D]; keys and values are [rows, L, heads, head_dim]."""
         width = x.shape[-1] // shards()
-        dense = {"dtype": self.dtype, "precision": precision_of(self.dtype)}
-        query = nn.Dense(width, name="query", **dense)(x)
+        query = BlockDense(width, dtype=self.dtype, name="query")(x)
         query = query.reshape(*x.shape[:2], self.num_heads // shards(), -1)
         scale = 1 / math.sqrt(query.shape[-1])
         output = attend(query, key, value, scale, self.implementation, lengths)
-        out = nn.Dense(x.shape[-1], name="out", dot_general=summed_product, **dense)
+        out = BlockDense(x.shape[-1], dtype=self.dtype, is_shared=True, name="out")
         return out(output.reshape(*x.shape[:2], width))
 
 

@@ -1,0 +1,103 @@
+"""Products in float8_e4m3fn: which, with which scales, and on which devices.
+
+Weights are rounded once, when they are loaded, times a power of two per layer; activations where
+they are used, as they are. No finer scale is more exact: a floating-point number keeps its relative
+precision over fifteen binary orders of magnitude, and norms, attention and GELU make numbers of the
+order of one. So no pass over the activations looks for their largest, and nothing is left to be
+multiplied onto the result: XLA makes one cuBLASLt call of product, bias and GELU.
+"""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from amskv_jax.errors import AmskvError
+from amskv_jax.precision import FLOAT8
+
+LARGEST = 448.0
+"""The largest number of float8_e4m3fn, which has no infinity: what is larger must be cut off."""
+KERNELS = ("mlp/down",)
+"""Layers of a block whose products are in float8: those that cost least, as long as held-out loss
+rises by at most 0.003 nats a token on the embedded model. See "float8" in docs/performance.md for
+what the others (attention/qkv, attention/out, mlp/up) cost."""
+GRANULE = 16
+"""cuBLASLt takes float8 matrices whose sides are multiples of this."""
+CAPABILITY = 8.9
+"""Compute capability from which NVIDIA GPUs multiply float8 numbers: Ada, Hopper and later."""
+
+
+@struct.dataclass
+class Float8Weight:
+    """A kernel in float8, transposed: the contracted channels come last, as cuBLASLt wants them.
+
+    Attributes:
+      transposed: [..., out, in] float8_e4m3fn.
+      scale: what they are to be multiplied with, a power of two for every layer, [...] bfloat16.
+    """
+
+    transposed: jax.Array
+    scale: jax.Array
+
+
+def is_float8(path: str, shape: tuple[int, ...]) -> bool:
+    """Return whether the product with a parameter is in float8 where ``dtype`` says so.
+
+    These are those of ``KERNELS`` that cuBLASLt can take.
+
+    Args:
+      path: "part/path" of the parameter.
+      shape: of all layers.
+    """
+    kernels = {f"transformer/blocks/{kernel}/kernel" for kernel in KERNELS}
+    return path in kernels and not any(side % GRANULE for side in shape[-2:])
+
+
+@jax.jit
+def float8_weight(kernel: jax.Array) -> Float8Weight:
+    """Return a kernel [..., in, out] or, shared by devices in equal parts, [..., in, parts, out].
+
+    Of the latter the numbers are [..., parts, out, in].
+    """
+    layers = kernel.shape[0]
+    most = jnp.abs(kernel.reshape(layers, -1)).max(-1).astype(jnp.float32)
+    exponent = jnp.floor(jnp.log2(LARGEST / jnp.where(most > 0, most, LARGEST)))
+    scale = jnp.exp2(exponent).astype(kernel.dtype)
+    scaled = kernel * jnp.expand_dims(scale, tuple(range(1, kernel.ndim)))
+    return Float8Weight(
+        jnp.moveaxis(scaled.astype(jnp.float8_e4m3fn), 1, -1),
+        jnp.exp2(-exponent).astype(jnp.bfloat16),
+    )
+
+
+def float8_product(x: jax.Array, weight: Float8Weight) -> jax.Array:
+    """Return the product of x [..., in] and a layer's weight, [..., out] bfloat16.
+
+    The operands are those of a bfloat16 product, all of which float8 can hold: where a device has
+    no float8 units, or XLA does not know the pattern, the result is the same.
+    """
+    rounded = jnp.clip(x, -LARGEST, LARGEST).astype(jnp.float8_e4m3fn)
+    numbers = weight.transposed.astype(jnp.bfloat16) * weight.scale
+    dimensions = (((x.ndim - 1,), (1,)), ((), ()))
+    return lax.dot_general(rounded.astype(jnp.bfloat16), numbers, dimensions)
+
+
+def check_float8(dtype: str) -> None:
+    """Raise an AmskvError if products in ``dtype`` are float8 and the default device has none."""
+    if dtype != FLOAT8:
+        return
+    device: Any = jax.devices()[0]
+    capability = str(getattr(device, "compute_capability", ""))
+    if device.platform == "gpu" and re.fullmatch(r"\d+\.\d+", capability):
+        if float(capability) >= CAPABILITY:
+            return
+        found = f"{device.device_kind}, of compute capability {capability},"
+    else:
+        found = f"{device.device_kind} ({device.platform})"
+    raise AmskvError(
+        f"{found} has no float8 products: expected an NVIDIA GPU of compute capability "
+        f"{CAPABILITY} or more, such as H100. Draw with --dtype bfloat16"
+    )
