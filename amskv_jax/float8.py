@@ -20,10 +20,6 @@ from amskv_jax.precision import FLOAT8
 
 LARGEST = 448.0
 """The largest number of float8_e4m3fn, which has no infinity: what is larger must be cut off."""
-KERNELS = ("mlp/down",)
-"""Layers of a block whose products are in float8: those that cost least, as long as held-out loss
-rises by at most 0.003 nats a token on the embedded model. See "float8" in docs/performance.md for
-what the others (attention/qkv, attention/out, mlp/up) cost."""
 GRANULE = 16
 """cuBLASLt takes float8 matrices whose sides are multiples of this."""
 CAPABILITY = 8.9
@@ -43,16 +39,17 @@ class Float8Weight:
     scale: jax.Array
 
 
-def is_float8(path: str, shape: tuple[int, ...]) -> bool:
-    """Return whether the product with a parameter is in float8 where ``dtype`` says so.
+def is_float8(path: str, shape: tuple[int, ...], dtype: str) -> bool:
+    """Return whether the product with a parameter is in float8 where products are in ``dtype``.
 
-    These are those of ``KERNELS`` that cuBLASLt can take.
+    These are those that ``FLOAT8`` names and cuBLASLt can take.
 
     Args:
       path: "part/path" of the parameter.
       shape: of all layers.
+      dtype: any; none is in float8 if it is not one of ``FLOAT8``.
     """
-    kernels = {f"transformer/blocks/{kernel}/kernel" for kernel in KERNELS}
+    kernels = {f"transformer/blocks/{layer}/kernel" for layer in FLOAT8.get(dtype, ())}
     return path in kernels and not any(side % GRANULE for side in shape[-2:])
 
 
@@ -87,7 +84,7 @@ def float8_product(x: jax.Array, weight: Float8Weight) -> jax.Array:
 
 def check_float8(dtype: str) -> None:
     """Raise an AmskvError if products in ``dtype`` are float8 and the default device has none."""
-    if dtype != FLOAT8:
+    if dtype not in FLOAT8:
         return
     device: Any = jax.devices()[0]
     capability = str(getattr(device, "compute_capability", ""))

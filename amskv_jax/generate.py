@@ -122,7 +122,7 @@ class Sampler:
         dtype = self.activation_dtype
         chosen = choose_implementation(self.attention, dtype, self.shape.head_dim)
         logits = 0 if chosen == "cudnn" else logits_bytes()
-        copies = 1 if self.dtype == FLOAT8 else 0
+        copies = 1 if self.dtype in FLOAT8 else 0
         return Activations(self.model.block_shape, jnp.dtype(dtype).itemsize, logits, copies)
 
     def shares(self, step: int, geometry: CacheGeometry, work: Activations) -> StepShares:

@@ -334,7 +334,7 @@ def load(
     """
     if low_memory and mesh is not None:
         raise UsageError("low_memory is for one device, not a mesh: leave one of them out")
-    if low_memory and dtype == FLOAT8:
+    if low_memory and dtype in FLOAT8:
         raise UsageError(
             "low_memory keeps weights in 8 bits of another kind than float8: leave one of them out"
         )

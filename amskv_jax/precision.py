@@ -4,8 +4,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-FLOAT8 = "float8"
-"""Name of the choice to compute some products of the blocks in float8, see ``float8``."""
+FLOAT8: dict[str, tuple[str, ...]] = {
+    "float8": ("mlp/down",),
+    "float8-fast": ("attention/qkv", "mlp/up", "mlp/down"),
+}
+"""Choices of products in float8 (see ``float8``), and the layers of a block whose products are.
+
+First the layers that together cost the embedded model at most 0.003 nats a token of held-out loss,
+then all with much of a block's operations, at 0.007: see docs/performance.md. ``amskv score`` tells
+what they cost any other model.
+"""
 
 
 def precision_of(dtype: jax.typing.DTypeLike) -> lax.Precision | None:
@@ -19,6 +27,6 @@ def precision_of(dtype: jax.typing.DTypeLike) -> lax.Precision | None:
 def activation_dtype(dtype: str) -> str:
     """Return the type of activations, cache and other weights where products are in ``dtype``.
 
-    It is ``dtype`` itself, and bfloat16 for "float8".
+    It is ``dtype`` itself, and bfloat16 for those of ``FLOAT8``.
     """
-    return "bfloat16" if dtype == FLOAT8 else dtype
+    return "bfloat16" if dtype in FLOAT8 else dtype

@@ -13,10 +13,11 @@ from amskv_jax.checkpoints.weights import part_structs
 from amskv_jax.device_memory import predict_on_gpu
 from amskv_jax.evaluation.score import score
 from amskv_jax.float8 import check_float8, float8_product, float8_weight, is_float8
-from amskv_jax.generate import Sampler
+from amskv_jax.generate import program
 from amskv_jax.models.infinity.prompts import TextFeatures
 from amskv_jax.pipeline import Pipeline, load
 from amskv_jax.policies import Full, Window
+from amskv_jax.precision import FLOAT8
 from amskv_jax.testing import TINY_INFINITY, TINY_VAR
 
 MODELS = {"var": TINY_VAR, "infinity": TINY_INFINITY}
@@ -48,9 +49,9 @@ def test_products_are_those_of_numpy():
         np.testing.assert_allclose(found, expected, rtol=2**-8, atol=1e-5 / scale)
 
 
-def pipelines(name):
+def pipelines(name, float8):
     model = MODELS[name]
-    for dtype in ("bfloat16", "float8"):
+    for dtype in ("bfloat16", float8):
         params = random_params(model, seed=1, dtype=dtype, parts=PARTS)
         yield Pipeline(model, params, model.schedule, dtype, model.drawing)
 
@@ -67,31 +68,38 @@ def scored(pipe, count=4):
     return score(pipe, plans, codes, pipe.conditions(wanted), batch=2)["full"].entropy
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_losses_are_near_those_of_bfloat16(name):
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("var", "float8"), ("var", "float8-fast"), ("infinity", "float8-fast")]
+)
+def test_losses_are_near_those_of_bfloat16(name, dtype):
     """And nothing is compiled again for other weights; all that is no product is as in bfloat16."""
-    whole, rounded = pipelines(name)
+    whole, rounded = pipelines(name, dtype)
     losses = [scored(pipe) for pipe in (whole, rounded)]
     difference = losses[1].above(losses[0])
     assert np.abs(difference.values).max() > 0
     assert abs(difference.total.mean) < 0.02
-    compiled = Sampler.__call__._cache_size()
+    compiled = program("cpu")._cache_size()
     scored(rounded)
-    assert Sampler.__call__._cache_size() == compiled
+    assert program("cpu")._cache_size() == compiled
     assert rounded.geometry(3) == whole.geometry(3)
     flat = [dict(jax.tree.leaves_with_path(pipe.params)) for pipe in (whole, rounded)]
     changed = {jax.tree_util.keystr(path) for path in flat[0].keys() - flat[1].keys()}
-    assert changed == {"['transformer']['blocks']['mlp']['down']['kernel']"}
+    layers = ["']['".join(layer.split("/")) for layer in FLOAT8[dtype]]
+    assert changed == {f"['transformer']['blocks']['{layer}']['kernel']" for layer in layers}
     for path in flat[0].keys() & flat[1].keys():
         np.testing.assert_array_equal(flat[0][path], flat[1][path])
 
 
 def test_which_products():
     down = "blocks/mlp/down/kernel"
-    assert is_float8(f"transformer/{down}", (30, 7680, 1920))
-    assert not is_float8(f"transformer/{down}", (30, 7688, 1920))  # no multiple of 16
-    assert not is_float8("transformer/blocks/attention/out/kernel", (30, 1920, 1920))
-    assert not is_float8(f"text_encoder/{down}", (24, 5120, 2048))
+    assert is_float8(f"transformer/{down}", (30, 7680, 1920), "float8")
+    assert not is_float8(f"transformer/{down}", (30, 7688, 1920), "float8")  # no multiple of 16
+    assert not is_float8("transformer/blocks/attention/out/kernel", (30, 1920, 1920), "float8-fast")
+    up = "transformer/blocks/mlp/up/kernel", (30, 1920, 7680)
+    assert is_float8(*up, "float8-fast")
+    assert not is_float8(*up, "float8")
+    assert not is_float8(*up, "bfloat16")
+    assert not is_float8(f"text_encoder/{down}", (24, 5120, 2048), "float8")
 
 
 def test_checkpoints_are_rounded_when_they_are_loaded(checkpoint):

@@ -111,7 +111,7 @@ def measure_damage(
         raise UsageError(f"cannot measure {count} pictures, {batch} at once: 1 or more each")
     if not formats:
         raise UsageError("no formats in which blocks may be kept")
-    if pipe.dtype == FLOAT8:
+    if pipe.dtype in FLOAT8:
         raise UsageError("float8 products have no gradient: load the model in bfloat16")
     if len(conditions) != count or codes.shape[1] != pipe.schedule.total:
         raise AmskvError(

@@ -18,7 +18,7 @@ from amskv_jax.float8 import float8_weight, is_float8
 from amskv_jax.models.kinds import optional_parts, param_shapes
 from amskv_jax.models.protocol import Model
 from amskv_jax.packed_weight import PackedWeight
-from amskv_jax.precision import FLOAT8, activation_dtype
+from amskv_jax.precision import activation_dtype
 
 Shape = tuple[int, ...]
 
@@ -138,7 +138,7 @@ def put_weight(
     """
     target = storage_dtype(path, activation_dtype(dtype))
     placed = put(path, leaf.astype(target, copy=False))
-    return float8_weight(placed) if dtype == FLOAT8 and is_float8(path, leaf.shape) else placed
+    return float8_weight(placed) if is_float8(path, leaf.shape, dtype) else placed
 
 
 def packed_stacks(path: str, shape: Shape) -> bool:
@@ -166,7 +166,7 @@ def part_structs(model: Model, part: str, dtype: str, *, low_memory: bool = Fals
         if low_memory and packed_stacks(path, shape):
             scale = struct((*shape[:-2], 1, shape[-1]), jnp.float32)
             flat[path] = PackedWeight(struct(shape, jnp.int8), scale, numbers.name)
-        elif dtype == FLOAT8 and is_float8(f"{part}/{path}", shape):
+        elif is_float8(f"{part}/{path}", shape, dtype):
             flat[path] = jax.eval_shape(float8_weight, struct(shape, numbers))
         else:
             flat[path] = struct(shape, numbers)

@@ -26,6 +26,7 @@ class ProductDtype(StrEnum):
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT8 = "float8"
+    FLOAT8_FAST = "float8-fast"
 
 
 class Attention(StrEnum):

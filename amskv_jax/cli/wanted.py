@@ -193,7 +193,7 @@ def check_low_memory(pipe: "Pipeline") -> None:
 
     if pipe.mesh:
         raise UsageError("--low-memory is for one device: leave out --mesh")
-    if pipe.dtype == FLOAT8:
+    if pipe.dtype in FLOAT8:
         raise UsageError(
             "--low-memory keeps weights in 8 bits of another kind: leave it out, or take "
             "--dtype bfloat16"
