@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from functools import partial
 
 import jax
 import numpy as np
@@ -31,7 +32,7 @@ def call(sampler, model):
     condition = model.conditions(None).batch(np.arange(BATCH))
     keys = picture_keys(jax.random.key(5), BATCH)
     arguments = params, condition, keys, model.controls(sampler.plan.schedule, DRAWING)
-    program = jax.jit(lambda *arguments: Sampler.__call__.__wrapped__(sampler, *arguments))
+    program = jax.jit(partial(sampler.generate))  # a function of its own, which is traced anew
     compiled = program.lower(*arguments).compile()
     return compiled, compiled(*arguments)
 
