@@ -255,17 +255,24 @@ def _check(pipe: Pipeline, name: str, sampler: Sampler) -> None:
         )
 
 
-@partial(jax.jit, static_argnums=0)
 def _log_probabilities(
-    sampler: Sampler, params: Any, condition: Any, codes: jax.Array
+    sampler: Sampler, params: Any, condition: Any, codes: np.ndarray
 ) -> jax.Array:
-    """Return what the model says of every code after the true ones, [B, total, *K, V] float32."""
+    """Return what the model says of every code after the true ones, [B, total, *K, V] float32.
+
+    Not one program with the sampler's: inside another it would be compiled without its options.
+    """
     ones = jnp.ones(sampler.plan.schedule.num_scales)
-    controls = Controls(strength=ones, temperature=ones, forced=codes.astype(jnp.int32))
+    controls = Controls(strength=ones, temperature=ones, forced=jnp.asarray(codes, jnp.int32))
     keys = picture_keys(jax.random.key(0), len(codes))
     samples: Samples = sampler(params, condition, keys, controls)
     assert samples.logits is not None, "the sampler traces"
-    return jax.nn.log_softmax(samples.logits)
+    return _normalised(samples.logits)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _normalised(logits: jax.Array) -> jax.Array:
+    return jax.nn.log_softmax(logits)
 
 
 @partial(jax.jit, static_argnums=0)
