@@ -146,10 +146,12 @@ class FeedForward(nn.Module):
         """Map [rows, T, D] to [rows, T, D]."""
         up = BlockDense(self.hidden // shards(), dtype=self.dtype, name="up")
         down = BlockDense(x.shape[-1], dtype=self.dtype, is_shared=True, name="down")
-        # As one row of tokens: nothing may stand between the first product, GELU and the rounding
-        # to float8 if they are to be one call of cuBLASLt.
-        tokens = x.reshape(-1, x.shape[-1])
-        return down(nn.gelu(up(tokens), approximate=True)).reshape(x.shape)
+        if isinstance(self.get_variable("params", "up", {}).get("kernel"), Float8Weight):
+            # As one row of tokens: nothing may stand between the first product, GELU and the
+            # rounding to float8 if they are to be one call of cuBLASLt.
+            tokens = x.reshape(-1, x.shape[-1])
+            return down(nn.gelu(up(tokens), approximate=True)).reshape(x.shape)
+        return down(nn.gelu(up(x), approximate=True))
 
 
 class StackedDense(nn.Module):

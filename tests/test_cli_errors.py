@@ -220,11 +220,10 @@ def test_out_of_memory_says_what_to_do(sample, monkeypatch):
 
     from amskv_jax.generate import Sampler
 
-    class Lowering:
-        def lower(self, *arguments):
-            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+    def lower(self, *arguments):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
-    monkeypatch.setattr(Sampler, "__call__", Lowering())
+    monkeypatch.setattr(Sampler, "lower", lower)
     sample(1, labels="0-2", expect="not enough memory for 3 pictures at once")
 
 

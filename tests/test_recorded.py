@@ -19,6 +19,9 @@ RECORDED = Path(__file__).parent / "golden/recorded"
 PLANS = json.loads((RECORDED / "plans.json").read_text(encoding="utf-8"))
 ROUNDING = 1e-4
 """Logits nearer to each other than this may change places when a compiler rounds otherwise."""
+SELECTING = ("h2o", "scalekv")
+"""Policies which rank tokens by attention while they draw: where two are as near, another processor
+may keep the other one, and a token of the last scale may change with it."""
 
 
 def summary(printed):
@@ -72,4 +75,6 @@ def test_tokens_of_the_embedded_model_are_those_that_were_recorded(name, recorde
         # No step reads the last scale, so nothing else can come of a difference there.
         assert how == "greedy" and place >= schedule.offsets[-2], (picture, place)
         own, other = logits[picture, place, [tokens[picture, place], expected[picture, place]]]
-        assert own - other < ROUNDING, (picture, place, own - other)
+        assert own - other < ROUNDING or policy in SELECTING, (picture, place, own - other)
+    if policy in SELECTING:
+        assert (tokens != expected).sum() <= 1

@@ -15,7 +15,7 @@ from amskv_jax.policies import Full, Window
 from amskv_jax.sampling import TokenSampling
 from amskv_jax.testing import TINY_VAR
 
-SAMPLER, DECODER = "jit(__call__)", "jit(decode_pixels)"
+SAMPLER, DECODER = "jit(generate)", "jit(decode_pixels)"
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
 

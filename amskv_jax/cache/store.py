@@ -69,9 +69,11 @@ class Store:
 def _joined(parts: Sequence[jax.Array]) -> jax.Array:
     """Return parts [rows, T_i, heads, head_dim] one after the other along T.
 
-    They are joined as rows of numbers. Along an axis of tokens, of which there are often odd
-    numbers, XLA would move one number at a time on a GPU.
+    On a GPU they are joined as rows of numbers: along an axis of tokens, of which there are often
+    odd numbers, XLA moves one number at a time there. On a CPU that would cost memory.
     """
+    if jax.default_backend() == "cpu":
+        return jnp.concatenate(parts, axis=1)
     rows, _, *shape = parts[0].shape
     joined = jnp.concatenate([part.reshape(rows, -1) for part in parts], axis=1)
     return joined.reshape(rows, -1, *shape)
