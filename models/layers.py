@@ -146,7 +146,8 @@ class FeedForward(nn.Module):
         """Map [rows, T, D] to [rows, T, D]."""
         up = BlockDense(self.hidden // shards(), dtype=self.dtype, name="up")
         down = BlockDense(x.shape[-1], dtype=self.dtype, is_shared=True, name="down")
-        if isinstance(self.get_variable("params", "up", {}).get("kernel"), Float8Weight):
+        own: dict[str, Any] = self.variables.get("params", {}).get("up", {})
+        if isinstance(own.get("kernel"), Float8Weight):
             # As one row of tokens: nothing may stand between the first product, GELU and the
             # rounding to float8 if they are to be one call of cuBLASLt.
             tokens = x.reshape(-1, x.shape[-1])
