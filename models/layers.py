@@ -73,8 +73,9 @@ class BlockDense(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map [..., in] to [..., features]."""
-        if isinstance(self.get_variable("params", "kernel"), Float8Weight):
-            y = float8_product(x, self.get_variable("params", "kernel")).astype(self.dtype)
+        rounded = self.get_variable("params", "kernel")
+        if isinstance(rounded, Float8Weight):
+            y = float8_product(x, rounded).astype(self.dtype)
         else:
             init, shape = nn.initializers.lecun_normal(), (x.shape[-1], self.features)
             kernel = self.param("kernel", init, shape).astype(self.dtype)
@@ -147,12 +148,11 @@ class FeedForward(nn.Module):
         up = BlockDense(self.hidden // shards(), dtype=self.dtype, name="up")
         down = BlockDense(x.shape[-1], dtype=self.dtype, is_shared=True, name="down")
         own: dict[str, Any] = self.variables.get("params", {}).get("up", {})
-        if isinstance(own.get("kernel"), Float8Weight):
-            # As one row of tokens: nothing may stand between the first product, GELU and the
-            # rounding to float8 if they are to be one call of cuBLASLt.
-            tokens = x.reshape(-1, x.shape[-1])
-            return down(nn.gelu(up(tokens), approximate=True)).reshape(x.shape)
-        return down(nn.gelu(up(x), approximate=True))
+        # As one row of tokens in float8: nothing may stand between the first product, GELU and the
+        # rounding if they are to be one call of cuBLASLt.
+        flat = isinstance(own.get("kernel"), Float8Weight)
+        tokens = x.reshape(-1, x.shape[-1]) if flat else x
+        return down(nn.gelu(up(tokens), approximate=True)).reshape(x.shape)
 
 
 class StackedDense(nn.Module):

@@ -19,7 +19,7 @@ RECORDED = Path(__file__).parent / "golden/recorded"
 PLANS = json.loads((RECORDED / "plans.json").read_text(encoding="utf-8"))
 ROUNDING = 1e-4
 """Logits nearer to each other than this may change places when a compiler rounds otherwise."""
-SELECTING = ("h2o", "scalekv")
+SELECTING = ("scalekv",)
 """Policies which rank tokens by attention while they draw: where two are as near, another processor
 may keep the other one, and a token of the last scale may change with it."""
 

@@ -20,7 +20,7 @@ from jax import lax
 from amskv_jax.attention import QKV, Implementation, attend
 from amskv_jax.cache.head_tables import HeadTables, Reading
 from amskv_jax.cache.sequences import looked_up
-from amskv_jax.cache.store import LayerIndex, Store, empty, later
+from amskv_jax.cache.store import LayerIndex, Store, empty, joined, later
 from amskv_jax.mesh import MODEL
 from amskv_jax.numbers import Numbers, numbers_of
 from amskv_jax.plan.mixed import MixedRow
@@ -93,8 +93,7 @@ class HeadSlots:
             held = held.reshape(len(key), -1, key.shape[2], 2, key.shape[3])
             # The own tokens come first, so that padding comes last.
             key, value = (
-                jnp.concatenate([own, held[..., index, :]], axis=1)
-                for index, own in enumerate((key, value))
+                joined([own, held[..., index, :]]) for index, own in enumerate((key, value))
             )
         output = attend(query, key, value, scale, implementation, lengths)
         if not reading.even:

@@ -63,10 +63,10 @@ class Store:
         """Return what a step attends to: cached parts, then its own keys and values."""
         cached = [self.decode(part, key.dtype) for part in parts]
         keys, values = zip(*cached, (key, value), strict=True)
-        return _joined(keys), _joined(values)
+        return joined(keys), joined(values)
 
 
-def _joined(parts: Sequence[jax.Array]) -> jax.Array:
+def joined(parts: Sequence[jax.Array]) -> jax.Array:
     """Return parts [rows, T_i, heads, head_dim] one after the other along T.
 
     On a GPU they are joined as rows of numbers: along an axis of tokens, of which there are often
@@ -75,8 +75,8 @@ def _joined(parts: Sequence[jax.Array]) -> jax.Array:
     if jax.default_backend() == "cpu":
         return jnp.concatenate(parts, axis=1)
     rows, _, *shape = parts[0].shape
-    joined = jnp.concatenate([part.reshape(rows, -1) for part in parts], axis=1)
-    return joined.reshape(rows, -1, *shape)
+    flat = jnp.concatenate([part.reshape(rows, -1) for part in parts], axis=1)
+    return flat.reshape(rows, -1, *shape)
 
 
 def empty(numbers: Numbers, *shape: int) -> Any:
