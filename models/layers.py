@@ -73,7 +73,7 @@ class BlockDense(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map [..., in] to [..., features]."""
-        rounded = self.get_variable("params", "kernel")
+        rounded: Any = self.get_variable("params", "kernel")
         if isinstance(rounded, Float8Weight):
             y = float8_product(x, rounded).astype(self.dtype)
         else:
