@@ -160,15 +160,22 @@ def drive(
 ) -> LayerRecord:
     """Run one layer with this row on random queries, keys and values of two batch rows."""
     slots = slots_of([row], schedule, Store(numbers))
-    cache = slots.init(1, 2, heads, head_dim)
-    record, random, layer = Recorder(), np.random.default_rng(seed), jnp.int32(0)
-    steps = []
-    for step, tokens in enumerate(schedule.tokens):
-        shape = (3, 2, tokens, heads, head_dim)
-        query, key, value = jnp.asarray(random.standard_normal(shape), jnp.float32)
-        steps.append(record(slots, cache, layer, step, (query, key, value), scale))
-        _, cache = slots.attend(cache, layer, step, (query, key, value), scale, "xla")
-    columns = zip(*[jax.tree.map(np.asarray, step) for step in steps], strict=True)
+    random = np.random.default_rng(seed)
+    given = [
+        tuple(random.standard_normal((3, 2, tokens, heads, head_dim)).astype(np.float32))
+        for tokens in schedule.tokens
+    ]
+
+    @jax.jit
+    def run(given: list[QKV]) -> list[Any]:
+        cache, layer = slots.init(1, 2, heads, head_dim), jnp.int32(0)
+        record, steps = Recorder(), []
+        for step, qkv in enumerate(given):
+            steps.append(record(slots, cache, layer, step, qkv, scale))
+            _, cache = slots.attend(cache, layer, step, qkv, scale, "xla")
+        return steps
+
+    columns = zip(*[jax.tree.map(np.asarray, step) for step in run(given)], strict=True)
     return LayerRecord(*map(list, columns))
 
 

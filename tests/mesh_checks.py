@@ -119,16 +119,18 @@ def collectives(compiled):
     return [len(re.findall(rf"= [^=\n]* {name}(?:-start)?\(", text)) for name in COLLECTIVES]
 
 
+# Every policy where both axes share out; what ranks or tells heads apart also where one does alone.
 CASES = [
-    (policy, mesh)
-    for policy in POLICIES
-    for mesh in MESHES
-    if policy in ("full", "ams", "h2o", "heads") or mesh == BOTH
+    *(("var", policy, BOTH) for policy in POLICIES),
+    *(("var", *case) for case in (("full", MESHES[0]), ("h2o", MESHES[0]), ("full", MESHES[2]))),
+    ("var", "heads", MESHES[2]),
+    *(("infinity", policy, BOTH) for policy in ("full", "h2o")),
+    ("infinity", "full", MESHES[0]),
+    ("infinity", "heads", MESHES[2]),
 ]
 
 
-@pytest.mark.parametrize(("policy", "mesh"), CASES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "policy", "mesh"), CASES)
 def test_tokens_are_those_of_one_device(name, policy, mesh):
     chosen = POLICIES[policy]
     sampler = sampler_of(name, chosen, mesh, trace=True)
@@ -166,17 +168,16 @@ def test_buffers_are_as_large_as_the_device_that_needs_most(mesh):
     assert slots.tables.capacities == (np.sum(needs, axis=0).max(),)
 
 
-@pytest.mark.parametrize("mesh", MESHES[1:])
-def test_formats_that_differ_from_device_to_device(mesh):
+def test_formats_that_differ_from_device_to_device():
     """And from layer to layer."""
     formats = [["int8", "int4"], ["int4", "int4"], [None, "int8"], ["int4", None]]
     row, schedule = mixed_row(SCHEDULES["var"], formats), SCHEDULES["var"]
     plan = RetentionPlan(schedule, (row, mixed_row(schedule, formats[:1] * 4), row))
     options = {"guidance": MODELS["var"].guidance(drawing_of(MODELS["var"]))}
     one = Sampler(MODELS["var"], plan, sampling=TokenSampling(top_k=1), **options)
-    many = replace(one, mesh=MeshShape.parse(mesh))
+    many = replace(one, mesh=MeshShape.parse(BOTH))
     expected = one(params_of("var"), *arguments("var"))
-    found = many(placed("var", mesh), *arguments("var"))
+    found = many(placed("var", BOTH), *arguments("var"))
     np.testing.assert_array_equal(found.tokens, expected.tokens)
     np.testing.assert_allclose(found.latent, expected.latent, atol=2e-5)
 
@@ -185,9 +186,7 @@ def test_formats_that_differ_from_device_to_device(mesh):
     ("policy", "numbers", "mesh"),
     [
         ("h2o", "int8", "data=8"),
-        ("h2o", "int4", BOTH),
         ("heads", "int4", BOTH),
-        ("heads", "float8_e4m3fn", "model=4"),
     ],
 )
 def test_quantised_caches(policy, numbers, mesh):
@@ -233,18 +232,16 @@ def test_decisions_taken_while_drawing():
 def test_no_device_holds_more_than_its_share(name, capsys):
     """By the compiler's analysis, per device; and the weights by where they lie."""
     found = {}
-    for mesh in (None, *MESHES):
+    for mesh in (None, BOTH, MESHES[2]):
         params = params_of(name) if mesh is None else placed(name, mesh)
         compiled = sampler_of(name, Full(), mesh).compile(params, *arguments(name, 64))
         analysis = compiled.memory_analysis()
         found[mesh] = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
     with capsys.disabled():
         print(f"\n{name}, bytes of arguments and temporaries per device: {found}")
-    one, data, both, model = found.values()
-    assert data[1] < one[1] / 4
+    one, both, model = found.values()
     assert both[1] < one[1] / 4
     assert model[1] < one[1] / 2
-    assert data[0] <= one[0]
     assert model[0] < both[0] < 0.65 * one[0]
     shares = [
         sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(placed(name, mesh)))
@@ -265,7 +262,7 @@ def test_pipelines_fill_batches_up(checkpoint):
     """Ten pictures, which share out over no mesh, are those of one device."""
     one, many = load(checkpoint), load(checkpoint, mesh=MeshShape.parse(BOTH))
     key, labels = jax.random.key(3), np.arange(10)
-    expected, found = (p.sample(labels, key=key, policy=POLICIES["ams"]) for p in (one, many))
+    expected, found = (p.sample(labels, key=key) for p in (one, many))
     np.testing.assert_array_equal(found.tokens, expected.tokens)
     np.testing.assert_allclose(found.pictures, expected.pictures, atol=1e-4)
 
@@ -283,8 +280,7 @@ def test_published_models_share_nearly_all_weights_out(name):
     assert held < 0.54 * whole
 
 
-@pytest.mark.parametrize("mesh", ["model=4", BOTH])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "mesh"), [("var", "model=4"), ("infinity", BOTH)])
 def test_float8_kernels_are_shared_out(name, mesh, monkeypatch):
     """Transposed as they are; sums over devices are rounded to bfloat16 once more."""
     layers = "attention/qkv", "attention/out", "mlp/up", "mlp/down"
@@ -320,8 +316,7 @@ def test_text_encoder():
     np.testing.assert_allclose(found[1], expected[1], atol=1e-4)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "mesh"), [*zip(MODELS, MESHES, strict=False), ("var", MESHES[2])])
 def test_lowering_for_tpus(name, mesh):
     """With the shapes of weights alone."""
     model, shape = MODELS[name], MeshShape.parse(mesh)

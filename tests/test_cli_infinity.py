@@ -178,16 +178,13 @@ def test_features_do_what_their_prompts_do(sample, amskv, place, tmp_path):
     assert (plain != from_prompts).any()
 
 
-def test_every_way_of_drawing(sample):
-    """Of the same random numbers each makes other tokens."""
+def test_ways_of_drawing(sample):
+    """Of the same random numbers each makes other tokens; greedily, and guided on layers, above."""
     ways = {
         "plain": (),
-        "weak": ("--cfg", 2),
         "per scale": ("--cfg", "4,4,4,4,4,4,1"),
         "hot": ("--tau", "1,1,1,1,1,1,3"),
         "nucleus": ("--top-p", 0.6),
-        "greedy": ("--top-k", 1),
-        "on layers": ("--guide", "logits,-1"),
         "another seed": ("--seed", 1),
     }
     drawn = {name: sample("--prompt", FOX, *DRAWN, *how)[1] for name, how in ways.items()}
@@ -211,13 +208,6 @@ def test_forced_codes_take_the_place_of_the_first_scales(sample, tmp_path):
     np.testing.assert_array_equal(same, free)
 
 
-def test_other_shapes_from_the_same_checkpoint(sample, tmp_path):
-    _, tokens = sample("--prompt", FOX, *GREEDY, "--aspect", "16:9")
-    assert tokens.shape == (1, schedule_of("16:9", "0.06M").total, 8)
-    with Image.open(tmp_path / "sheet.png") as sheet:
-        assert sheet.width > sheet.height
-
-
 def test_policies_and_plan_files(sample, amskv, place, tmp_path):
     path = tmp_path / "plan.json"
     _, full = sample("--prompt", FOX, *DRAWN)
@@ -228,17 +218,20 @@ def test_policies_and_plan_files(sample, amskv, place, tmp_path):
     assert (done.code, done.err) == (0, "")
     _, again = sample("--prompt", FOX, *DRAWN, "--plan", path)
     np.testing.assert_array_equal(again, ams)
-    _, scalekv = sample("--prompt", FOX, *DRAWN, "--policy", "scalekv:saving=0.7,window=4")
     assert (ams != full).any()
-    assert (scalekv != full).any()
 
 
-def test_the_python_way(pipe):
-    out = pipe.sample(
-        [FOX], key=jax.random.key(0), aspect="16:9", size="0.06M", policy=amskv_jax.ScaleKV(60)
-    )
+def test_other_shapes_from_the_same_checkpoint(sample, pipe, tmp_path):
+    """By the command and in Python."""
+    options = "--aspect", "16:9", "--policy", "scalekv:budget=60"
+    _, tokens = sample("--prompt", FOX, *GREEDY, *options)
     schedule = schedule_of("16:9", "0.06M")
-    assert out.tokens.shape == (1, schedule.total, 8)
+    assert tokens.shape == (1, schedule.total, 8)
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.width > sheet.height
+    shape = {"aspect": "16:9", "size": "0.06M", "policy": amskv_jax.ScaleKV(60)}
+    out = pipe.sample([FOX], key=jax.random.key(0), top_k=1, **shape)
+    np.testing.assert_array_equal(out.tokens, tokens)
     height, width = schedule.grids[-1]
     assert out.pictures.shape == (1, 16 * height, 16 * width, 3)
     assert np.isfinite(out.pictures).all()
@@ -298,10 +291,10 @@ def test_eval_compares_with_the_full_cache(amskv, place, tmp_path):
 def test_bench_with_random_weights(amskv, monkeypatch, tmp_path):
     known = configs.ModelConfig("infinity-tiny", "tiny", MODEL)
     monkeypatch.setattr(configs, "get", lambda name: known)
-    options = ("--policies", "full,window:saving=0.9", "--repeats", 1, "--dtype", "float32")
+    options = ("--policies", "window:saving=0.9", "--repeats", 1, "--dtype", "float32")
     save = ("--save", tmp_path / "bench.json")
     done = amskv("bench", "--model", "infinity-tiny", *SMALL, *options, *save)
     assert (done.code, done.err) == (0, "")
     arms = json.loads((tmp_path / "bench.json").read_text())["arms"]
-    assert list(arms) == ["full", "window:saving=0.9"]
+    assert list(arms) == ["window:saving=0.9"]
     assert all(arm["pictures_per_second"] > 0 for arm in arms.values())

@@ -41,9 +41,9 @@ RUN = Run(steps=24, batch_size=4, steps_per_call=4, checkpoint_every=8, dtype="f
 TOKENIZER_TRAINING = TokenizerTraining(
     TOKENIZER,
     OPTIMIZATION,
-    replace(RUN, steps=40, steps_per_call=10, checkpoint_every=40),
+    replace(RUN, steps=32, steps_per_call=4, checkpoint_every=32),
     reseed_every=4,
-    reseed_until=30,
+    reseed_until=24,
 )
 TRANSFORMER_TRAINING = TransformerTraining(
     TRANSFORMER, TOKENIZER, Optimization(learning_rate=1e-2, warmup_steps=4), RUN
