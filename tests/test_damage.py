@@ -15,13 +15,8 @@ from checks import message, pack_pictures
 import amskv_jax
 from amskv_jax.attention import attend
 from amskv_jax.calibrate.blocks import Held, Versions, attend_blocks, choice_effects
-from amskv_jax.calibrate.damage import (
-    Frame,
-    block_choices,
-    effects,
-    measure_damage,
-    predictions,
-)
+from amskv_jax.calibrate.damage import Base, block_choices, measure_damage
+from amskv_jax.calibrate.effects import Frame, effects, predictions
 from amskv_jax.evaluation.score import encode, score
 from amskv_jax.generate import picture_keys
 from amskv_jax.numbers import numbers_of
@@ -123,7 +118,7 @@ def damage(pipe, codes):
         pipe.conditions(LABELS),
         batch=3,
         formats=FORMATS,
-        savings=(0.95,),
+        bases=(Base(0.95), Base(0.8, ("float32",))),
         update=lambda what, share: seen.append((what, share)),
     )
     assert [share for _, share in seen] == sorted(share for _, share in seen)
@@ -193,7 +188,7 @@ def test_damage_is_the_divergence_of_the_changed_cache(pipe, codes):
 
 
 def test_rounds(pipe, damage):
-    first, second = damage.rounds
+    first, second, third = damage.rounds
     assert damage.pictures == len(PIXELS)
     assert first.divergence == pytest.approx(0, abs=1e-6)
     assert second.divergence > 1e-5
@@ -205,6 +200,37 @@ def test_rounds(pipe, damage):
     assert (never > 0).all()
     assert np.isnan(first.damage[:, :, 1, :, :2]).all()
     assert np.isfinite(first.damage[:, :, 1, :, 2:]).all()
+    assert [one.formats for one in damage.rounds] == [(), FORMATS, ("float32",)]
+    assert third.divergence > second.divergence, "fewer blocks, as they are larger"
+
+
+def test_the_nearest_round_is_of_the_formats_that_are_wanted(damage):
+    first, second, third = damage.rounds
+    alone = damage.of_formats(("float32",))
+    assert (alone.formats, alone.pictures) == (("float32",), damage.pictures)
+    for own, one in zip(alone.rounds, damage.rounds, strict=True):
+        np.testing.assert_array_equal(own.damage, one.damage[:, :, :, :1])
+    assert second.made_of == 0
+    later = replace(damage, rounds=(first, replace(second, made_of=1), replace(third, made_of=2)))
+    assert [later.best(one.row_bytes).formats for one in (first, second)] == [(), FORMATS]
+    assert later.best(2 * second.row_bytes).formats == FORMATS
+    assert later.of_formats(("float32",)).best(second.row_bytes).formats == ("float32",)
+    assert later.of_formats(("float32",)).best(first.row_bytes).formats == ()
+    others = later.of_formats(("int4", "int8"))
+    assert others.formats == ("int8", "int4"), "in the order in which they were measured"
+    assert others.best(third.row_bytes).formats == ("float32",)
+    worse = replace(later.rounds[1], divergence=1.0, made_of=0)
+    for rounds in (*later.rounds, worse), (first, worse, *later.rounds[1:]):
+        both = replace(later, rounds=rounds)
+        assert both.rounds.index(both.best(second.row_bytes)) == 1
+    for wrong in ("int2",), (), ("int4", "int4"):
+        assert "expected some of those which were measured" in message(damage.of_formats, wrong)
+
+
+def test_formats_can_be_chosen(pipe, damage):
+    policy = replace(Optimal(), formats=("float32",))
+    plan = policy.plan(pipe.shape, stats_of(pipe, damage))
+    assert {part.numbers for row in plan.rows for part in row.parts} == {"float32"}
 
 
 def test_as_many_blocks_as_the_best_of_all_plans():
@@ -305,6 +331,7 @@ def test_the_command(amskv, checkpoint, tmp_path):
     assert found["divergence"]["mean"] > 0
     for wrong, expected in (
         (("--savings", "1.5"), "--savings '1.5': expected shares from 0 to below 1, or none"),
+        (("--savings", "int9:0.9"), "formats of blocks 'int9': expected some of those which were"),
         (("--mesh", "data=2"), "damage is measured on one device: leave out --mesh, or --real"),
         (("--formats", "int5"), "numbers cannot be cached as 'int5'"),
     ):

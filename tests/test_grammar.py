@@ -12,7 +12,18 @@ from made_stats import cache_shape, random_stats
 from amskv_jax import policies
 from amskv_jax.errors import AmskvError, UsageError
 from amskv_jax.plan.memory import CacheGeometry, MemoryReport
-from amskv_jax.policies import AMSKV, H2O, REGISTRY, Explicit, Full, Heads, ScaleKV, Sink, Window
+from amskv_jax.policies import (
+    AMSKV,
+    H2O,
+    REGISTRY,
+    Explicit,
+    Full,
+    Heads,
+    Optimal,
+    ScaleKV,
+    Sink,
+    Window,
+)
 from amskv_jax.policies.budgets import has_budget, memory_report, with_saving, within_bytes
 from amskv_jax.policies.grammar import (
     PolicyRequest,
@@ -44,6 +55,7 @@ BUDGETED = [name for name, policy in REGISTRY.items() if has_budget(policy)]
             "scalekv:mode=reference,budget_file=a/b.json",
             ScaleKV(mode="reference", budget_file="a/b.json"),
         ),
+        ("optimal:formats=bfloat16+int8", Optimal(formats=("bfloat16", "int8"))),
         ("explicit:path=with:colon=and equals.json", Explicit("with:colon=and equals.json")),
     ],
 )

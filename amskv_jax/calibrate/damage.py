@@ -1,30 +1,19 @@
 """What every block of the cache is worth: the damage of losing or rounding it, in nats a token.
 
-For every head of every layer, every earlier scale and every way of keeping it (a format, until a
-step), the divergence KL(full || that cache) is estimated to second order around a cache in force,
-on real pictures whose tokens are forced. One pass through the model and two gradients serve all
-blocks: every layer's attention takes from the gradient of its output the effect of all its blocks'
-choices. The first gradient, of the divergence, gives what is linear (nothing where the cache in
-force is the full one). The second is of the log-probability of tokens drawn from the model: its
-mean square over pictures is the curvature (the Gauss-Newton, or Fisher matrix).
+Estimated around the full cache, and around caches which are planned by that: see ``effects``.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from amskv_jax.attention import QKV, attend
-from amskv_jax.calibrate.blocks import Held, Versions, attend_blocks, choice_effects
+from amskv_jax.calibrate.effects import Effects, Frame, divergence, effects, predictions
 from amskv_jax.errors import AmskvError, UsageError
 from amskv_jax.generate import picture_keys
-from amskv_jax.models.guidance import UNGUIDED
-from amskv_jax.models.protocol import Conditions, Model
-from amskv_jax.numbers import Numbers, numbers_of
+from amskv_jax.models.protocol import Conditions
+from amskv_jax.numbers import numbers_of
 from amskv_jax.pipeline import Pipeline
 from amskv_jax.plan.damage import BlockDamage, DamageRound
 from amskv_jax.plan.memory import CacheGeometry
@@ -35,42 +24,25 @@ from amskv_jax.schedule import ScaleSchedule
 
 FORMATS = ("bfloat16", "int8", "int4", "int3", "int2", "int1")
 """Formats that are offered, the most exact first."""
-SAVINGS = (0.85, 0.9, 0.95, 0.975)
-"""Savings around whose plans damage is measured once more, as blocks act together."""
+
+
+class Base(NamedTuple):
+    """A cache around which damage is measured once more, as blocks act together.
+
+    Attributes:
+      saving: share of a bfloat16 cache of all scales.
+      formats: in which its blocks are kept, as they are worth it; None for all that are offered.
+    """
+
+    saving: float
+    formats: tuple[str, ...] | None = None
+
+
+BASES = (Base(0.75), Base(0.85), Base(0.9), Base(0.95), Base(0.975))
+"""The bases if none are given."""
 
 Update = Callable[[str, float], object]
 """Takes what is being done and the share that is done."""
-
-
-class Frame(NamedTuple):
-    """What does not change while damage is measured; static.
-
-    Attributes:
-      model: the model's shape.
-      schedule: what is drawn.
-      dtype: of products.
-      formats: in which a block may be kept.
-    """
-
-    model: Model
-    schedule: ScaleSchedule
-    dtype: str
-    formats: tuple[Numbers, ...]
-
-
-class Effects(NamedTuple):
-    """What one batch shows.
-
-    Attributes:
-      linear: how the divergence falls with every choice, to first order,
-        [layers, S, B, heads, S, 1 + formats]: (layer, step, picture, head, source, choice).
-      score: likewise how the log-probability of drawn tokens grows.
-      divergence: of the cache in force from the full one, summed over tokens, [B].
-    """
-
-    linear: jax.Array
-    score: jax.Array
-    divergence: jax.Array
 
 
 def measure_damage(
@@ -80,15 +52,17 @@ def measure_damage(
     *,
     batch: int,
     formats: Sequence[str] = FORMATS,
-    savings: Sequence[float] = SAVINGS,
+    bases: Sequence[Base] = BASES,
     seed: int = 0,
     update: Update = lambda what, share: None,
 ) -> BlockDamage:
     """Measure what the choice of every block does to the prediction of real pictures.
 
-    The first round is around the full cache in the first format. For each saving, the best plan
-    that all rounds so far know is made, and a round measured around it. Two programs are compiled,
-    whatever the number of rounds.
+    The first round is around the full cache in the first format. For each base a plan is made by
+    every round so far, the one whose predictions diverge least is taken, and a round measured
+    around it. A small cache is not always planned best by what was measured around one as small:
+    much that is true of the full cache holds there no longer. Two programs are compiled, whatever
+    the number of rounds.
 
     Args:
       pipe: the model.
@@ -97,13 +71,13 @@ def measure_damage(
       conditions: what the pictures show, one for each.
       batch: pictures at once.
       formats: in which a block may be kept, names of ``numbers.NUMBERS``, the most exact first.
-      savings: shares of a bfloat16 cache of all scales.
+      bases: of further rounds, in this order.
       seed: of the tokens that are drawn for the curvature.
       update: shown the progress.
 
     Raises:
-      UsageError: if there are no pictures, ``batch`` is below 1, a format is unknown, or products
-        are in float8.
+      UsageError: if there are no pictures, ``batch`` is below 1, a format is unknown or a base's is
+        not offered, or products are in float8.
       AmskvError: if pictures do not fit the model, or its predictions are not finite.
     """
     count = len(codes)
@@ -119,6 +93,8 @@ def measure_damage(
             f"tokens, the model's scales have {pipe.schedule.total}"
         )
     frame = Frame(pipe.model, pipe.schedule, pipe.dtype, tuple(map(numbers_of, formats)))
+    for names in (base.formats for base in bases if base.formats is not None):
+        BlockDamage(tuple(formats), (), count).of_formats(names)
     shape = pipe.shape
     geometry = CacheGeometry(1, shape.num_heads, shape.head_dim, frame.formats[0])
     everything = geometry.bytes(shape.num_heads * shape.num_layers * shape.schedule.offsets[-2])
@@ -127,31 +103,63 @@ def measure_damage(
     keys = picture_keys(jax.random.key(seed), count)
     rounds: list[DamageRound] = []
     batch = min(batch, count)
-    for number in range(1 + len(savings)):
-        choices, row_bytes = whole, everything
-        if number:
-            known = BlockDamage(tuple(formats), tuple(rounds), count)
-            choices, row_bytes = _base(pipe, known, savings[number - 1])
-        sums = _Sums(shape.schedule)
-        for start in range(0, count, batch):
-            what = f"measuring round {number + 1} of {1 + len(savings)}"
-            update(what, (number + start / count) / (1 + len(savings)))
-            numbers = np.arange(start, start + batch) % count
-            inputs = conditions.batch(numbers), codes[numbers]
-            reference = predictions(frame, pipe.params, *inputs, whole)
-            found = effects(frame, pipe.params, *inputs, keys[numbers], choices, reference)
-            sums.add(jax.device_get(found), min(batch, count - start))
-        rounds.append(sums.round(row_bytes))
+    for number, base in enumerate((None, *bases)):
+        made = [_Planned(whole, everything, ())]
+        if base:
+            made = _plans(pipe, BlockDamage(tuple(formats), tuple(rounds), count), base)
+        # First which of the plans diverges least, if there are several; then damage around that.
+        apart, sums = np.zeros(len(made)), _Sums(shape.schedule)
+        for around in (False, True) if len(made) > 1 else (True,):
+            best = int(apart.argmin())
+            for numbers, real in _batches(count, batch):
+                done = (number + around / 2 + numbers[0] / count / 2) / (1 + len(bases))
+                update(f"measuring round {number + 1} of {1 + len(bases)}", done)
+                inputs = conditions.batch(numbers), codes[numbers]
+                reference = predictions(frame, pipe.params, *inputs, whole)
+                if around:
+                    own = keys[numbers], made[best].choices, reference
+                    sums.add(jax.device_get(effects(frame, pipe.params, *inputs, *own)), real)
+                    continue
+                for index, plan in enumerate(made):
+                    found = predictions(frame, pipe.params, *inputs, plan.choices)
+                    apart[index] += float(divergence(found, reference)[:real].sum())
+        damage, far = sums.means()
+        rounds.append(DamageRound(damage, made[best].row_bytes, far, made[best].formats, best))
     return BlockDamage(tuple(formats), tuple(rounds), count)
 
 
-def _base(pipe: Pipeline, known: BlockDamage, saving: float) -> tuple[np.ndarray, int]:
-    """Return the choices of the best plan known that saves so much, and its bytes a row."""
+class _Planned(NamedTuple):
+    """A cache that damage may be measured around.
+
+    Attributes:
+      choices: of every block at every step, see ``predictions``.
+      row_bytes: of one batch row.
+      formats: from which it was made.
+    """
+
+    choices: np.ndarray
+    row_bytes: int
+    formats: tuple[str, ...]
+
+
+def _plans(pipe: Pipeline, known: BlockDamage, base: Base) -> list[_Planned]:
+    """Return what the damage of every round makes of a base."""
     shape, schedule = pipe.shape, pipe.schedule
     whole = CacheGeometry(1, shape.num_heads, shape.head_dim)
-    budget = int(whole.bytes(shape.num_heads * shape.num_layers * schedule.total) * (1 - saving))
-    rows, _ = allot_rows(shape, known.formats, known.nearest(budget), budget)
-    return block_choices(rows, schedule, known.formats), budget
+    everything = whole.bytes(shape.num_heads * shape.num_layers * schedule.total)
+    budget = int(everything * (1 - base.saving))
+    own = known if base.formats is None else known.of_formats(base.formats)
+    made = []
+    for around in own.rounds:
+        rows, _ = allot_rows(shape, own.formats, around, budget)
+        made.append(_Planned(block_choices(rows, schedule, known.formats), budget, own.formats))
+    return made
+
+
+def _batches(count: int, batch: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Yield numbers of pictures, always as many, and how many of them are not there yet."""
+    for start in range(0, count, batch):
+        yield np.arange(start, start + batch) % count, min(batch, count - start)
 
 
 def block_choices(
@@ -183,15 +191,15 @@ class _Sums:
         self.divergence += float(found.divergence[:real].sum())
         self.count += real
 
-    def round(self, row_bytes: int) -> DamageRound:
-        """Return the means, per token; raises AmskvError if they are not finite."""
+    def means(self) -> tuple[np.ndarray, float]:
+        """Return damage and divergence per token; raises AmskvError if they are not finite."""
         if not np.isfinite(self.divergence):
             raise AmskvError(
                 "predictions are not finite: are weights damaged, or codes beyond the codebook?"
             )
         per_token = self.count * self.schedule.total
         damage = (self.curvature / 2 - self.linear) / per_token
-        return DamageRound(damage.astype(np.float32), row_bytes, self.divergence / per_token)
+        return damage.astype(np.float32), self.divergence / per_token
 
     def _outcomes(self, effects: np.ndarray) -> np.ndarray:
         """Return what a block does that is kept in a format until a step.
@@ -212,139 +220,3 @@ class _Sums:
         for source in range(scales - 1):
             outcomes[:, :, source, :, : source + 1] = np.nan
         return outcomes
-
-
-@partial(jax.jit, static_argnums=0)
-def predictions(
-    frame: Frame, params: Any, condition: Any, codes: jax.Array, choices: jax.Array
-) -> list[jax.Array]:
-    """Return log-probabilities of every scale [B, T_i, *K, V], with the caches of choices.
-
-    Args:
-      frame: see the class.
-      params: the weights.
-      condition: of B pictures.
-      codes: of them, [B, total, *K]: those of earlier scales are given.
-      choices: of every block at every step, [layers, S, heads, S] int32: (layer, step, head,
-        source); the same for all pictures.
-    """
-    logits = _logits(frame, params, condition, codes, choices, None)
-    return [jax.nn.log_softmax(x) for x in logits]
-
-
-@partial(jax.jit, static_argnums=0)
-def effects(
-    frame: Frame,
-    params: Any,
-    condition: Any,
-    codes: jax.Array,
-    keys: jax.Array,
-    choices: jax.Array,
-    reference: list[jax.Array],
-) -> Effects:
-    """Return what every other choice than those in force would do.
-
-    Args:
-      frame: see the class.
-      params: see ``predictions``, as the next three.
-      condition: ...
-      codes: ...
-      keys: of the tokens that are drawn, [B].
-      choices: see ``predictions``.
-      reference: what ``predictions`` returned for the full cache.
-    """
-    layers, scales, heads, _ = choices.shape
-    zeros = jnp.zeros((layers, scales, len(codes), heads, scales, 1 + len(frame.formats)))
-    run = partial(_logits, frame, params, condition, codes, choices)
-    logits, pull_back = jax.vjp(run, zeros)
-    gradients, divergence = [], jnp.zeros(len(codes))
-    for step, (own, full) in enumerate(zip(logits, reference, strict=True)):
-        found = jax.nn.log_softmax(own)
-        step_keys = jax.vmap(partial(jax.random.fold_in, data=step))(keys)
-        drawn = jax.nn.one_hot(jax.vmap(jax.random.categorical)(step_keys, own), own.shape[-1])
-        gradients.append(jnp.stack([jnp.exp(full), drawn]) - jnp.exp(found)[None])
-        apart = jnp.exp(full) * (full - found)
-        divergence += apart.sum(tuple(range(1, apart.ndim)))
-    ((linear, score),) = jax.vmap(pull_back)(gradients)
-    return Effects(linear, score, divergence)
-
-
-def _logits(
-    frame: Frame,
-    params: Any,
-    condition: Any,
-    codes: jax.Array,
-    choices: jax.Array,
-    effects: jax.Array | None,
-) -> list[jax.Array]:
-    """Return the logits of every scale, given true codes and the caches that choices make.
-
-    ``effects`` are zeros [layers, S, B, heads, S, 1 + formats]: the derivative by them is how what
-    is differentiated changes with the choice of every block, see ``choice_effects``.
-    """
-    schedule = frame.schedule
-    transformer, tokenizer = frame.model.bind(params, schedule, frame.dtype)
-    prepared = transformer.prepare(condition, UNGUIDED)
-    scale = transformer.attention_scale
-    tap = _tap(scale)
-    latent = jnp.zeros((len(codes), *tokenizer.latent_shape), jnp.float32)
-    history: list[Versions] = []
-    logits = []
-    x = prepared.start
-    for step in range(schedule.num_scales):
-
-        def body(x: jax.Array, layer: Any, step: int = step) -> tuple[jax.Array, Versions]:
-            own, past, choice, effect = layer
-
-            def attention(
-                query: jax.Array, key: jax.Array, value: jax.Array
-            ) -> tuple[jax.Array, Versions]:
-                qkv = query, key, value
-                if not past:
-                    output = attend(*qkv, scale, "xla")
-                else:
-                    held = Held.of(past, choice[step, :, :step])
-                    output = attend_blocks(qkv, held, scale)
-                    if effect is not None:
-                        output = tap(output, effect[step, :, :, :step], qkv, held)
-                return output.astype(query.dtype), Versions.of(key, value, frame.formats)
-
-            result: tuple[jax.Array, Versions] = transformer.block(
-                own, prepared.shared, x, step, attention
-            )
-            return result
-
-        layers = prepared.layers, tuple(history), choices, effects
-        x, own = lax.scan(jax.checkpoint(body), x, layers)
-        history.append(own)
-        logits.append(transformer.logits(x, prepared.shared))
-        if step + 1 < schedule.num_scales:
-            entries = tokenizer.embed(codes[:, schedule.slice(step)].astype(jnp.int32))
-            latent = tokenizer.accumulate(latent, entries, step)
-            features = tokenizer.next_input(latent, step)
-            x = transformer.next_input(features, step + 1)
-    return logits
-
-
-def _tap(scale: float) -> Callable[..., jax.Array]:
-    """Return the identity of an attention's output, from whose gradient that of effects is made."""
-
-    @jax.custom_vjp
-    def tap(output: jax.Array, effect: jax.Array, qkv: QKV, held: Held) -> jax.Array:
-        return output
-
-    def forward(output: jax.Array, effect: jax.Array, qkv: QKV, held: Held) -> Any:
-        return output, (qkv, held)
-
-    def backward(kept: tuple[QKV, Held], gradient: jax.Array) -> Any:
-        nothing = jax.tree.map(_no_gradient, kept)
-        return gradient, choice_effects(gradient, *kept, scale), *nothing
-
-    tap.defvjp(forward, backward)
-    return tap
-
-
-def _no_gradient(x: jax.Array) -> Any:
-    if jnp.issubdtype(x.dtype, jnp.integer):
-        return np.zeros(x.shape, jax.dtypes.float0)
-    return jnp.zeros_like(x)

@@ -18,7 +18,6 @@ from amskv_jax.cli.options import (
     MeshOption,
     SeedOption,
     StoredDtypeOption,
-    parse_savings,
 )
 from amskv_jax.cli.real import real_pictures
 from amskv_jax.cli.wanted import (
@@ -89,8 +88,9 @@ def calibrate(
         str | None,
         typer.Option(
             help="Savings around whose best plans damage is measured once more, as blocks act "
-            "together; none for the full cache alone. If not given, four from 0.85 to 0.975.",
-            metavar="0.85,0.9,...",
+            "together, after the formats of such a plan if it has not all; none for the full cache "
+            "alone. If not given, five from 0.75 to 0.975.",
+            metavar="0.85,bfloat16:0.85,...",
         ),
     ] = None,
     force: ForceOption = False,
@@ -103,7 +103,7 @@ def calibrate(
     """
     check_suffix(out, {".npz"})
     check_outputs(out, force=force)
-    rungs = None if savings is None else parse_savings(savings, "--savings")
+    rungs = None if savings is None else _read_savings(savings)
     if real is None and (real_prompts is not None or crop):
         raise UsageError("--real-prompts and --crop are of --real: give it, or leave them out")
     if real is not None and mesh is not None:
@@ -112,7 +112,7 @@ def calibrate(
     import jax  # noqa: PLC0415
 
     from amskv_jax.calibrate.attention import measure_attention  # noqa: PLC0415
-    from amskv_jax.calibrate.damage import FORMATS, SAVINGS, measure_damage  # noqa: PLC0415
+    from amskv_jax.calibrate.damage import BASES, FORMATS, Base, measure_damage  # noqa: PLC0415
     from amskv_jax.drawing import Chosen  # noqa: PLC0415
     from amskv_jax.evaluation.score import encode  # noqa: PLC0415
     from amskv_jax.numbers import numbers_of  # noqa: PLC0415
@@ -161,7 +161,7 @@ def calibrate(
                 shown,
                 batch=batch_size,
                 formats=offered,
-                savings=SAVINGS if rungs is None else rungs,
+                bases=BASES if rungs is None else [Base(*rung) for rung in rungs],
                 seed=seed,
                 update=update,
             )
@@ -170,6 +170,28 @@ def calibrate(
         print_line(f"damage measured on {len(pixels)} real pictures in {seconds:.1f} s")
     stats.save(out)
     print_line(f"wrote {out}")
+
+
+def _read_savings(text: str) -> list[tuple[float, tuple[str, ...] | None]]:
+    """Read savings such as "0.85,bfloat16+int8:0.9", with formats; none if it is "none".
+
+    Raises:
+      UsageError: if it is anything else.
+    """
+    found: list[tuple[float, tuple[str, ...] | None]] = []
+    for part in () if text.strip() == "none" else text.split(","):
+        names, colon, share = part.strip().rpartition(":")
+        try:
+            saving = float(share)
+        except ValueError:
+            saving = 1.0
+        if not 0 <= saving < 1:
+            raise UsageError(
+                f"--savings {text!r}: expected shares from 0 to below 1, or none; formats may "
+                "stand before a share, as in bfloat16+int8:0.85"
+            )
+        found.append((saving, tuple(names.split("+")) if colon else None))
+    return found
 
 
 def _print_layers(stats: "LayerStats") -> None:

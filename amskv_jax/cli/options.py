@@ -188,23 +188,6 @@ def parse_numbers(text: str, option: str) -> tuple[int, ...]:
         raise UsageError(f"{option} {text!r}: {error}") from error
 
 
-def parse_savings(text: str, option: str) -> tuple[float, ...]:
-    """Read shares such as "0.85,0.9", ascending; none if it is "none".
-
-    Raises:
-      UsageError: if it is anything else.
-    """
-    if text.strip() == "none":
-        return ()
-    try:
-        savings = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        savings = (1.0,)
-    if not all(0 <= saving < 1 for saving in savings):
-        raise UsageError(f"{option} {text!r}: expected shares from 0 to below 1, or none")
-    return tuple(sorted(savings))
-
-
 def parse_seeds(text: str, option: str) -> tuple[int, ...]:
     """Read seeds; arguments and errors as in ``parse_numbers``, or one is no seed."""
     seeds = parse_numbers(text, option)

@@ -238,6 +238,13 @@ def _read_text(text: str) -> str:
     return text
 
 
+def _read_names(text: str) -> tuple[str, ...]:
+    names = tuple(text.split("+"))
+    if not all(names):
+        raise ValueError("expected names joined by +")
+    return names
+
+
 READERS: dict[Any, Callable[[str], Any]] = {
     int: _read_integer,
     float: _read_number,
@@ -245,6 +252,7 @@ READERS: dict[Any, Callable[[str], Any]] = {
     str: _read_text,
     Path: lambda text: Path(_read_text(text)),
     tuple[int, ...]: _read_layers,
+    tuple[str, ...]: _read_names,
 }
 """Type of a field -> reader of its text. A field of another type needs an entry."""
 

@@ -33,12 +33,15 @@ class Optimal(Policy):
     Attributes:
       row_bytes: of the cache of one batch row; default: those of the default AMS-KV plan in
         bfloat16.
+      formats: in which blocks may be kept, such as bfloat16 or int8+int4; default: all that were
+        measured.
 
     Raises:
-      UsageError: if the budget is negative.
+      UsageError: if the budget is negative, or a format was not measured.
     """
 
     row_bytes: int | None = None
+    formats: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.row_bytes is not None and self.row_bytes < 0:
@@ -56,11 +59,13 @@ class Optimal(Policy):
     def plan(self, shape: CacheShape, stats: LayerStats | None = None) -> RetentionPlan:
         """Return the plan; see ``Policy.plan``."""
         measured = measured_damage("optimal", shape, stats)
+        if self.formats is not None:
+            measured = measured.of_formats(self.formats)
         budget = self.row_bytes
         if budget is None:
             whole = CacheGeometry(1, shape.num_heads, shape.head_dim)
             budget = whole.bytes(shape.num_heads * shape.num_layers * default_budget(shape))
-        around = measured.nearest(budget)
+        around = measured.best(budget)
         rows, damage = allot_rows(shape, measured.formats, around, budget)
         note = (
             f"optimal: {byte_size(budget)} a row, "
