@@ -11,6 +11,15 @@ from amskv_jax.study.tables import markdown_table
 PATTERN = "score*.json"
 """Files in a study's folder, each written by ``amskv score --out``."""
 
+BUDGETS = (0.75, 0.85, 0.9, 0.95, 0.975)
+"""Savings at which policies are compared."""
+
+SLACK = 0.007
+"""So much less may be saved."""
+
+WIDE = ("float32", "bfloat16")
+"""Formats that round no more than the products do."""
+
 
 def score_report(directory: Path, fingerprint: str) -> Iterator[str]:
     """Yield the paragraphs on the scores in a study's folder; none if there are none.
@@ -41,23 +50,69 @@ def score_report(directory: Path, fingerprint: str) -> Iterator[str]:
         "table decides, where the Frechet distances below say otherwise. Rows by what they save of "
         f"a bfloat16 cache of all scales; products in {files[0]['dtype']} on {files[0]['device']}."
     )
+    yield (
+        "What every policy costs at five budgets: in 16 bits, of the cells that save this much; at "
+        "best, of those in any format that save this much or more. Up to "
+        f"{100 * SLACK:.1g} % may be missing, as policies keep whole tokens or scales."
+    )
+    yield _budget_table(rows)
     header = ["policy", "numbers", "saved", "nats above full", "divergence"]
     ordered = sorted(rows.items(), key=lambda item: (round(item[1]["saving"], 3), item[0]))
-    yield markdown_table(
-        header,
-        "---",
+    body = [
         [
-            [
-                f"`{policy}`",
-                numbers,
-                f"{record['saving']:.1%}",
-                _figure(record["above_full"]),
-                _figure(record["divergence"]),
-            ]
-            for (policy, numbers), record in ordered
-        ],
-    )
+            f"`{policy}`",
+            numbers,
+            f"{record['saving']:.1%}",
+            _figure(record["above_full"]),
+            _figure(record["divergence"]),
+        ]
+        for (policy, numbers), record in ordered
+    ]
+    yield "<details><summary>All cells</summary>"
+    yield markdown_table(header, "---", body)
+    yield "</details>"
     yield "## What drawing shows"
+
+
+def _budget_table(rows: dict[tuple[str, str], dict[str, Any]]) -> str:
+    """Return the costs at ``BUDGETS``: of every policy as it is and in its best precision."""
+    policies: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for (text, numbers), record in rows.items():
+        policy = _without_saving(text)
+        kind = numbers if numbers == "its own" else "16 bits" if numbers in WIDE else "best"
+        policies.setdefault(policy, {}).setdefault(kind, []).append(record | {"numbers": numbers})
+    body = []
+    for policy, kinds in policies.items():
+        everything = [record for kind in kinds.values() for record in kind]
+        for kind in ("16 bits", "best", "its own"):
+            if kind not in kinds:
+                continue
+            best = kind == "best"
+            chosen = everything if best else kinds[kind]
+            cells = [_least(chosen, budget, best) for budget in BUDGETS]
+            if any(cells):
+                body.append([f"`{policy}`", kind, *cells])
+    header = ["policy", "numbers", *(f"{budget:.1%}" for budget in BUDGETS)]
+    return markdown_table(header, "---", body)
+
+
+def _least(records: list[dict[str, Any]], budget: float, any_precision: bool) -> str:
+    """Return the least cost at a budget: in any precision, of all that save as much or more."""
+    above = [*(other for other in BUDGETS if other > budget), 1 + SLACK]
+    most = 1 + SLACK if any_precision else above[0]
+    fit = [x for x in records if budget - SLACK <= x["saving"] < most - SLACK]
+    if not fit:
+        return ""
+    least = min(fit, key=lambda record: float(record["above_full"]["mean"]))
+    words = _figure(least["above_full"])
+    return f"{words} `{least['numbers']}`" if any_precision else words
+
+
+def _without_saving(text: str) -> str:
+    """Return a policy as it was spelled, but for its saving."""
+    name, _, options = text.partition(":")
+    others = [option for option in options.split(",") if not option.startswith("saving=")]
+    return ":".join(filter(None, (name, ",".join(others))))
 
 
 def _figure(record: dict[str, float]) -> str:
