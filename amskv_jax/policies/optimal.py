@@ -37,7 +37,7 @@ class Optimal(Policy):
         measured.
 
     Raises:
-      UsageError: if the budget is negative, or a format was not measured.
+      UsageError: if the budget is negative; from ``plan``, if a format was not measured.
     """
 
     row_bytes: int | None = None
