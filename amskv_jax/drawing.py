@@ -24,6 +24,11 @@ PICTURES_IN_TURN = 64
 """Pictures, or a batch of more, that are drawn before they are decoded where parts take turns."""
 
 
+def full_batches(count: int, batch: int) -> list[np.ndarray]:
+    """Return numbers of pictures, all batches of one size: the last begins again at the first."""
+    return [np.arange(start, start + batch) % count for start in range(0, count, batch)]
+
+
 @dataclass(frozen=True)
 class Chosen:
     """Some of other conditions, in any order; see ``protocol.Conditions``.

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from amskv_jax.calibrate.effects import Effects, Frame, divergence, effects, predictions
+from amskv_jax.drawing import full_batches
 from amskv_jax.errors import AmskvError, UsageError
 from amskv_jax.generate import picture_keys
 from amskv_jax.models.protocol import Conditions
@@ -103,63 +104,48 @@ def measure_damage(
     keys = picture_keys(jax.random.key(seed), count)
     rounds: list[DamageRound] = []
     batch = min(batch, count)
+
+    def batches(done: float) -> Iterator[tuple[np.ndarray, int, Any, list[jax.Array]]]:
+        """Yield numbers, how many of them are new, inputs, and what the full cache predicts."""
+        for numbers in full_batches(count, batch):
+            share = (done + numbers[0] / count / 2) / (1 + len(bases))
+            update(f"measuring round {len(rounds) + 1} of {1 + len(bases)}", share)
+            inputs = conditions.batch(numbers), codes[numbers]
+            reference = predictions(frame, pipe.params, *inputs, whole)
+            yield numbers, min(batch, count - int(numbers[0])), inputs, reference
+
     for number, base in enumerate((None, *bases)):
-        made = [_Planned(whole, everything, ())]
-        if base:
-            made = _plans(pipe, BlockDamage(tuple(formats), tuple(rounds), count), base)
-        # First which of the plans diverges least, if there are several; then damage around that.
-        apart, sums = np.zeros(len(made)), _Sums(shape.schedule)
-        for around in (False, True) if len(made) > 1 else (True,):
-            best = int(apart.argmin())
-            for numbers, real in _batches(count, batch):
-                done = (number + around / 2 + numbers[0] / count / 2) / (1 + len(bases))
-                update(f"measuring round {number + 1} of {1 + len(bases)}", done)
-                inputs = conditions.batch(numbers), codes[numbers]
-                reference = predictions(frame, pipe.params, *inputs, whole)
-                if around:
-                    own = keys[numbers], made[best].choices, reference
-                    sums.add(jax.device_get(effects(frame, pipe.params, *inputs, *own)), real)
-                    continue
-                for index, plan in enumerate(made):
-                    found = predictions(frame, pipe.params, *inputs, plan.choices)
-                    apart[index] += float(divergence(found, reference)[:real].sum())
+        known = BlockDamage(tuple(formats), tuple(rounds), count)
+        plans, row_bytes, own = _plans(pipe, known, base) if base else ([whole], everything, ())
+        apart = np.zeros(len(plans))
+        for _, new, inputs, reference in batches(number) if len(plans) > 1 else ():
+            for index, choices in enumerate(plans):
+                found = predictions(frame, pipe.params, *inputs, choices)
+                apart[index] += float(divergence(found, reference)[:new].sum())
+        best = int(apart.argmin())
+        sums = _Sums(shape.schedule)
+        for numbers, new, inputs, reference in batches(number + 0.5):
+            around = keys[numbers], plans[best], reference
+            sums.add(jax.device_get(effects(frame, pipe.params, *inputs, *around)), new)
         damage, far = sums.means()
-        rounds.append(DamageRound(damage, made[best].row_bytes, far, made[best].formats, best))
+        rounds.append(DamageRound(damage, row_bytes, far, own, best))
     return BlockDamage(tuple(formats), tuple(rounds), count)
 
 
-class _Planned(NamedTuple):
-    """A cache that damage may be measured around.
+def _plans(
+    pipe: Pipeline, known: BlockDamage, base: Base
+) -> tuple[list[np.ndarray], int, tuple[str, ...]]:
+    """Return what the damage of every round makes of a base, its bytes a row, and its formats.
 
-    Attributes:
-      choices: of every block at every step, see ``predictions``.
-      row_bytes: of one batch row.
-      formats: from which it was made.
+    Plans are choices of every block at every step, see ``predictions``.
     """
-
-    choices: np.ndarray
-    row_bytes: int
-    formats: tuple[str, ...]
-
-
-def _plans(pipe: Pipeline, known: BlockDamage, base: Base) -> list[_Planned]:
-    """Return what the damage of every round makes of a base."""
     shape, schedule = pipe.shape, pipe.schedule
     whole = CacheGeometry(1, shape.num_heads, shape.head_dim)
     everything = whole.bytes(shape.num_heads * shape.num_layers * schedule.total)
     budget = int(everything * (1 - base.saving))
     own = known if base.formats is None else known.of_formats(base.formats)
-    made = []
-    for around in own.rounds:
-        rows, _ = allot_rows(shape, own.formats, around, budget)
-        made.append(_Planned(block_choices(rows, schedule, known.formats), budget, own.formats))
-    return made
-
-
-def _batches(count: int, batch: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Yield numbers of pictures, always as many, and how many of them are not there yet."""
-    for start in range(0, count, batch):
-        yield np.arange(start, start + batch) % count, min(batch, count - start)
+    rows = [allot_rows(shape, own.formats, around, budget)[0] for around in own.rounds]
+    return [block_choices(x, schedule, known.formats) for x in rows], budget, own.formats
 
 
 def block_choices(

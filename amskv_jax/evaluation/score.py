@@ -18,6 +18,7 @@ import numpy as np
 
 from amskv_jax.attention import Implementation
 from amskv_jax.decode import encode_pixels
+from amskv_jax.drawing import full_batches
 from amskv_jax.errors import AmskvError, UsageError
 from amskv_jax.generate import Sampler, Samples, picture_keys
 from amskv_jax.models.guidance import UNGUIDED, Controls
@@ -129,7 +130,7 @@ def encode(pipe: Pipeline, pixels: np.ndarray, batch: int) -> np.ndarray:
         raise UsageError(f"cannot encode {len(pixels)} pictures, {batch} at once: 1 or more each")
     params = {"tokenizer": pipe.params["tokenizer"]}
     parts = []
-    for numbers in _batches(len(pixels), batch):
+    for numbers in full_batches(len(pixels), batch):
         codes = encode_pixels(pipe.model, pipe.schedule, params, pixels[numbers])
         parts.append(np.asarray(codes))
     return np.concatenate(parts)[: len(pixels)]
@@ -214,7 +215,7 @@ def _measure(
     """Return cross-entropy, and divergence from the first sampler, of every sampler."""
     count, tokens = len(codes), pipe.schedule.tokens
     parts: dict[Sampler, list[tuple[np.ndarray, np.ndarray]]] = {own: [] for own in names}
-    batches = _batches(count, batch)
+    batches = full_batches(count, batch)
     for number, numbers in enumerate(batches):
         condition, true = conditions.batch(numbers), codes[numbers]
         reference = None
@@ -301,11 +302,6 @@ def _per_scale(values: jax.Array, schedule: ScaleSchedule) -> jax.Array:
     tokens = values.reshape(*values.shape[:2], -1).sum(-1)
     means = [tokens[:, schedule.slice(i)].mean(1) for i in range(schedule.num_scales)]
     return jnp.stack(means, axis=1)
-
-
-def _batches(count: int, batch: int) -> list[np.ndarray]:
-    """Return numbers of pictures, all batches of one size: the last begins again at the first."""
-    return [np.arange(start, start + batch) % count for start in range(0, count, batch)]
 
 
 def _mean(values: np.ndarray) -> Mean:

@@ -47,8 +47,8 @@ def score_report(directory: Path, fingerprint: str) -> Iterator[str]:
         "without guidance (`amskv score`): nats a token above the full cache on the same pictures, "
         "and the divergence KL(full || policy), each ± one standard error over pictures. There is "
         "no drawing, no guidance and no feature network in it, and it cannot be flattered: this "
-        "table decides, where the Frechet distances below say otherwise. Rows by what they save of "
-        f"a bfloat16 cache of all scales; products in {files[0]['dtype']} on {files[0]['device']}."
+        "table decides, where the Frechet distances below say otherwise. Savings are of a bfloat16 "
+        f"cache of all scales; products in {files[0]['dtype']} on {files[0]['device']}."
     )
     yield (
         "What every policy costs at five budgets: in 16 bits, of the cells that save this much; at "
@@ -98,9 +98,9 @@ def _budget_table(rows: dict[tuple[str, str], dict[str, Any]]) -> str:
 
 def _least(records: list[dict[str, Any]], budget: float, any_precision: bool) -> str:
     """Return the least cost at a budget: in any precision, of all that save as much or more."""
-    above = [*(other for other in BUDGETS if other > budget), 1 + SLACK]
-    most = 1 + SLACK if any_precision else above[0]
-    fit = [x for x in records if budget - SLACK <= x["saving"] < most - SLACK]
+    following = next((other - SLACK for other in BUDGETS if other > budget), 1)
+    most = 1 if any_precision else following
+    fit = [record for record in records if budget - SLACK <= record["saving"] < most]
     if not fit:
         return ""
     least = min(fit, key=lambda record: float(record["above_full"]["mean"]))
