@@ -6,8 +6,9 @@
 Every measurement is a process of its own with a time limit, one after the other on the same device:
 random weights of the real shapes, guidance on, the transformer without the decoder, medians of
 repeated calls, peak memory by each framework's own allocator with nothing set aside beforehand. The
-reference runs from the user's own checkout. What is found is printed and written at once; what
-fails becomes an entry of the table.
+reference runs from the user's own checkout, and so does the code of ScaleKV and HeatKV, which are
+forks of Infinity. What is found is printed and written at once; what fails becomes an entry of the
+table.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from comparison_table import markdown
+from forks import FORKS, SIZES
 from shapes import model_of, shape_of
 
 from amskv_jax.policies.grammar import parse_policies
@@ -44,12 +46,14 @@ class Arm:
       model: name of the model.
       batch: pictures at once.
       policy: what our cache keeps, as it was spelled; "" for the reference.
+      method: of the reference's fork, a name of ``FORKS``; "" for the reference itself, and ours.
     """
 
     side: str
     model: str
     batch: int
     policy: str = ""
+    method: str = ""
 
 
 class Comparison:
@@ -127,8 +131,10 @@ class Comparison:
     def reference(self, arm: Arm) -> list[str]:
         """Return the command of an arm of the reference."""
         shape = shape_of(model_of(arm.model))
-        checkout = getattr(self.options, f"{shape['kind']}_checkout")
+        checkout = getattr(self.options, f"{arm.method or shape['kind']}_checkout")
         command = ["reference_side.py", "--checkout", str(checkout), "--shape", json.dumps(shape)]
+        if arm.method:
+            command += ["--method", arm.method, "--size", SIZES[arm.model]]
         command += ["--batch", str(arm.batch), "--repeats", str(self.options.repeats)]
         return command + (["--eager"] if self.options.reference_eager else [])
 
@@ -218,12 +224,21 @@ def arms_of(options: argparse.Namespace) -> list[Arm]:
     policies = [str(request) for request in parse_policies(options.policies)]
     arms = []
     for model, batch in zip(models, batches, strict=True):
-        kind = model_of(model).kind
-        has_checkout = getattr(options, f"{kind}_checkout", None) is not None
-        if has_checkout and not options.ours_only:
-            arms.append(Arm("reference", model, batch))
+        if not options.ours_only:
+            arms += references(options, model, batch)
         if not options.reference_only:
             arms += [Arm("ours", model, batch, policy) for policy in policies]
+    return arms
+
+
+def references(options: argparse.Namespace, model: str, batch: int) -> list[Arm]:
+    """Return the arms of the reference, and of its forks, whose checkouts are given."""
+    kind = model_of(model).kind
+    arms = [Arm("reference", model, batch)] if getattr(options, f"{kind}_checkout", None) else []
+    for method, fork in FORKS.items() if kind == "infinity" else ():
+        if getattr(options, f"{method}_checkout"):
+            fork.check(model)
+            arms.append(Arm("reference", model, batch, method=method))
     return arms
 
 
@@ -235,6 +250,8 @@ def parser() -> argparse.ArgumentParser:
     add = found.add_argument
     add("--var-checkout", type=Path, help="folder of FoundationVision/VAR")
     add("--infinity-checkout", type=Path, help="folder of FoundationVision/Infinity")
+    add("--scalekv-checkout", type=Path, help="folder of StargazerX0/ScaleKV, a fork of Infinity")
+    add("--heatkv-checkout", type=Path, help="folder of HeatKV's code, a fork of Infinity")
     add("--models", default="var-d30,infinity-2b", help="names of known models")
     add("--batches", default="64,1", help="one number for all models, or one for each")
     add("--policies", default="full,ams", help="what our cache keeps, several arms")

@@ -3,12 +3,15 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from forks import FORKS
+
 HEAD = (
     "arm",
     "pictures/s",
     "of reference",
     "peak GiB",
     "of reference",
+    "cache GiB",
     "cold start s",
     "cached start s",
     "share of ceiling",
@@ -53,7 +56,7 @@ def _how(found: Mapping[str, Any]) -> str:
 
 
 def _table(arms: Sequence[Mapping[str, Any]], ceiling: float | None) -> list[str]:
-    reference = next((arm for arm in arms if arm["side"] == "reference"), {})
+    reference = next((arm for arm in arms if _is_reference(arm)), {})
     full = next((arm for arm in arms if arm.get("policy") == "full"), {})
     rows = [_row(arm, reference, full, ceiling) for arm in arms]
     aligned = ["---", *["---:"] * (len(HEAD) - 1)]
@@ -66,23 +69,34 @@ def _row(
     full: Mapping[str, Any],
     ceiling: float | None,
 ) -> list[str]:
-    name = "reference" if arm["side"] == "reference" else f"ours, {arm['policy']}"
     if "error" in arm:
-        return [name, arm["error"].replace("|", "/"), *["-"] * (len(HEAD) - 2)]
+        return [_name(arm), arm["error"].replace("|", "/"), *["-"] * (len(HEAD) - 2)]
     speed, peak = arm["pictures_per_second"], arm["peak_bytes"]
-    operations = (full if arm["side"] == "reference" else arm).get("product_operations")
+    operations = (full if _is_reference(arm) else arm).get("product_operations")
     achieved = operations and speed * operations / arm["batch"]
     cold = arm.get("cold_compile_seconds", arm.get("first_call_seconds"))
     return [
-        name,
+        _name(arm),
         f"{speed:.4g}",
         _show(_ratio(speed, reference.get("pictures_per_second")), "{:.2f}".format),
-        _show(peak and peak / 2**30, "{:.2f}".format),
+        _show(_ratio(peak, 2**30), "{:.2f}".format),
         _show(_ratio(peak, reference.get("peak_bytes")), "{:.3f}".format),
+        _show(_ratio(arm.get("cache_bytes"), 2**30), "{:.3f}".format),
         _show(cold, "{:.1f}".format),
         _show(arm.get("cached_compile_seconds"), "{:.1f}".format),
         _show(_ratio(achieved, ceiling), "{:.1%}".format),
     ]
+
+
+def _is_reference(arm: Mapping[str, Any]) -> bool:
+    """Say whether an arm is the reference itself, rather than a fork of it or ours."""
+    return arm["side"] == "reference" and not arm["method"]
+
+
+def _name(arm: Mapping[str, Any]) -> str:
+    if arm["method"]:
+        return f"{FORKS[arm['method']].title}'s code"
+    return "reference" if _is_reference(arm) else f"ours, {arm['policy']}"
 
 
 def _ratio(value: float | None, base: float | None) -> float | None:

@@ -23,6 +23,7 @@ from amskv_jax.drawing import Drawer
 from amskv_jax.errors import OutOfMemoryError
 from amskv_jax.generate import Sampler, picture_keys
 from amskv_jax.pipeline import Pipeline
+from amskv_jax.plan.memory import MemoryReport
 from amskv_jax.policies.grammar import parse_policy
 
 
@@ -54,6 +55,8 @@ def arm(options: argparse.Namespace) -> dict[str, Any]:
     except OutOfMemoryError as error:
         return {"error": "out of memory", "detail": str(error), "plan": sampler.plan.note}
     result["plan"] = sampler.plan.note
+    geometry = pipeline_of(options).geometry(options.batch)
+    result["cache_bytes"] = MemoryReport.of(sampler.plan, geometry).plan
     result["product_operations"] = product_operations(sampler, options.batch)
     return result
 
@@ -86,13 +89,24 @@ def ceiling(options: argparse.Namespace) -> dict[str, Any]:
     return {"operations_per_second": 2 * size**3 / min(seconds), "size": size, "device": device}
 
 
+def pipeline_of(options: argparse.Namespace) -> Pipeline:
+    """Return the pipeline that the command line asks for, without weights."""
+    model = model_of(options.model)
+    return Pipeline(
+        model=model,
+        params=None,
+        schedule=model.schedule,
+        dtype=options.dtype,
+        drawing=model.drawing,
+        cache_dtype=options.cache_dtype,
+    )
+
+
 def sampler_of(options: argparse.Namespace) -> Sampler:
     """Return the sampler that the command line asks for."""
-    model = model_of(options.model)
-    pipe = Pipeline(model, None, model.schedule, options.dtype, model.drawing)
+    pipe = pipeline_of(options)
     plan = parse_policy(options.policy).plan(pipe.shape, pipe.geometry(options.batch))
-    sampler = pipe.sampler(plan, attention=options.attention)
-    return replace(sampler, cache_dtype=options.cache_dtype)
+    return pipe.sampler(plan, attention=options.attention)
 
 
 def example_shapes(sampler: Sampler, batch: int) -> tuple[Any, Any, Any, Any]:

@@ -1,8 +1,9 @@
 """One measurement of the PyTorch reference, in a process of its own; see compare_reference.py.
 
-The reference is the user's own checkout (FoundationVision/VAR or FoundationVision/Infinity), found
-by its path. Weights are random. The transformer draws as the reference's own demo does; pictures
-are not decoded. This process needs PyTorch and knows nothing of amskv_jax.
+The reference is the user's own checkout (FoundationVision/VAR, FoundationVision/Infinity or a fork
+of Infinity, see forks.py), found by its path. Weights are random. The transformer draws as the
+reference's own demo does; pictures are not decoded. This process needs PyTorch and knows nothing of
+amskv_jax.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from forks import FORKS, SIZES
 from torch.nn import functional
 
 GUIDANCE = {"var": 1.5, "infinity": 4.0}
@@ -26,8 +28,10 @@ TEMPERATURE = 0.5  # Infinity's; VAR has none
 def main() -> None:
     """Measure, and write what was found as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkout", required=True, help="folder of the reference's code")
+    parser.add_argument("--checkout", type=Path, required=True, help="of the reference's code")
     parser.add_argument("--shape", required=True, help="JSON, see shapes.py")
+    parser.add_argument("--method", choices=list(FORKS), help="of a fork, see forks.py")
+    parser.add_argument("--size", choices=list(SIZES.values()), help="of the fork's model")
     parser.add_argument("--batch", type=int, required=True)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--text-tokens", type=int, default=64)
@@ -35,7 +39,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
 
-    sys.path.insert(0, options.checkout)
+    checkout = options.checkout.resolve()
+    sys.path.insert(0, str(checkout))
     shape = json.loads(options.shape)
     notes = stand_ins() if shape["kind"] == "infinity" else []  # VAR does without
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -45,8 +50,10 @@ def main() -> None:
         notes.append("torch.compile is switched off")
     build = {"var": var, "infinity": infinity}[shape["kind"]]
     try:
-        call = build(shape, options.batch, options.text_tokens, device)
-        result = measure(call, options.batch, options.repeats, device)
+        model, call = build(shape, options.batch, options.text_tokens, device)
+        if options.method:
+            FORKS[options.method].apply(checkout, model, options.size, options.batch)
+        result = measure(model, call, options.batch, options.repeats, device)
     except torch.OutOfMemoryError as error:
         result = {"error": "out of memory", "detail": str(error).partition("\n")[0]}
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
@@ -55,24 +62,42 @@ def main() -> None:
 
 
 def measure(
-    call: Callable[[], Any], batch: int, repeats: int, device: torch.device
+    model: torch.nn.Module,
+    call: Callable[[], Any],
+    batch: int,
+    repeats: int,
+    device: torch.device,
 ) -> dict[str, Any]:
-    """Time calls, after one that is not counted; peak memory is that of all calls."""
+    """Time calls, after one that is not counted; peak memory is that of all calls.
+
+    The cache is measured in the call that is not counted: the most that all attentions together
+    keep of keys and values whenever one of them is done.
+    """
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    seconds = []
+    attentions = [module for module in model.modules() if hasattr(module, "cached_k")]
+    kept, seconds = [0], []
+
+    def weigh(*_: Any) -> None:
+        pairs = [getattr(x, name) for x in attentions for name in ("cached_k", "cached_v")]
+        kept.append(sum(cached.nbytes for cached in pairs if cached is not None))
+
+    hooks = [module.register_forward_hook(weigh) for module in attentions]
     for _ in range(repeats + 1):
         start = time.perf_counter()
         call()
         if cuda:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
+        for hook in hooks:
+            hook.remove()
     return {
         "pictures_per_second": batch / sorted(seconds[1:])[repeats // 2],
         "seconds": seconds[1:],
         "first_call_seconds": seconds[0],
+        "cache_bytes": max(kept),
         "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
         "reserved_bytes": torch.cuda.max_memory_reserved() if cuda else None,
     }
@@ -80,8 +105,8 @@ def measure(
 
 def var(
     shape: dict[str, Any], batch: int, text_tokens: int, device: torch.device
-) -> Callable[[], Any]:
-    """Return a call that draws with VAR under float16 autocast, as its demo does."""
+) -> tuple[torch.nn.Module, Callable[[], Any]]:
+    """Return VAR and a call that draws with it under float16 autocast, as its demo does."""
     import dist  # noqa: PLC0415
 
     import models  # noqa: PLC0415
@@ -124,13 +149,13 @@ def var(
                 top_k=min(TOP_K, shape["vocab_size"]),
             )  # fmt: skip
 
-    return call
+    return model, call
 
 
 def infinity(
     shape: dict[str, Any], batch: int, text_tokens: int, device: torch.device
-) -> Callable[[], Any]:
-    """Return a call that draws with Infinity: blocks in bfloat16, fused norms, as published."""
+) -> tuple[torch.nn.Module, Callable[[], Any]]:
+    """Return Infinity and a call that draws: blocks in bfloat16, fused norms, as published."""
     torch._dynamo.config.cache_size_limit = 64  # as the reference's own tools
     from infinity.models.bsq_vae.multiscale_bsq import MultiScaleBSQ  # noqa: PLC0415
     from infinity.models.infinity import Infinity  # noqa: PLC0415
@@ -199,7 +224,7 @@ def infinity(
                 ret_img=False, sampling_per_bits=1,
             )  # fmt: skip
 
-    return call
+    return model, call
 
 
 def stand_ins() -> list[str]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-MODULES = ("compare_reference", "comparison_table", "our_side", "reference_side", "shapes")
+MODULES = ("compare_reference", "comparison_table", "forks", "our_side", "reference_side", "shapes")
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +49,41 @@ def test_arms_are_models_with_their_batches_and_policies(comparison):
         comparison("--batches", "1,2,3")
 
 
+def test_forks_of_infinity_are_arms_where_they_serve_the_model(comparison):
+    checkouts = ("--infinity-checkout", "I", "--scalekv-checkout", "S", "--heatkv-checkout", "H")
+    arms, found = comparison(*checkouts, "--models", "var-d30,infinity-2b", "--policies", "full")
+    assert [(arm.side, arm.model, arm.method) for arm in arms] == [
+        ("ours", "var-d30", ""),
+        ("reference", "infinity-2b", ""),
+        ("reference", "infinity-2b", "scalekv"),
+        ("reference", "infinity-2b", "heatkv"),
+        ("ours", "infinity-2b", ""),
+    ]
+    commands = [found.reference(arm) for arm in arms if arm.side == "reference"]
+    assert [command[2] for command in commands] == ["I", "S", "H"]
+    assert "--method" not in commands[0]
+    where = commands[2].index("--method")
+    assert commands[2][where : where + 4] == ["--method", "heatkv", "--size", "2b"]
+    with pytest.raises(SystemExit, match=r"ScaleKV's code serves .* not infinity-tiny: leave"):
+        comparison(*checkouts, "--models", "infinity-tiny", "--batches", "1")
+
+
+def test_a_fork_finds_its_files_in_its_folder(tmp_path, monkeypatch):
+    from forks import FORKS
+
+    code = """from pathlib import Path
+def enable_scale_kv(model, **settings):
+    model.update(settings, budget=Path("budget").read_text())
+"""
+    (tmp_path / "enable_scale_kv_8b.py").write_text(code)
+    (tmp_path / "budget").write_text("650")
+    monkeypatch.syspath_prepend(tmp_path)
+    model, here = {}, Path.cwd()
+    FORKS["scalekv"].apply(tmp_path, model, "8b", batch=1)
+    assert (model["budget"], model["window_size"]) == ("650", 16)
+    assert Path.cwd() == here
+
+
 def test_the_reference_is_told_the_shape_of_the_model():
     from shapes import model_of, shape_of
 
@@ -70,17 +105,19 @@ def test_the_table_has_ratios_and_failures(comparison, tmp_path):
         found_arm("ours", "full", 20.0, 2**31, product_operations=8e12, cold_compile_seconds=60.0),
         found_arm("ours", "ams", 25.0, 2**30, product_operations=6e12, cached_compile_seconds=5.0),
     ]
-    failed = {"side": "ours", "model": "var-d30", "batch": 8, "policy": "h2o"}
+    fork = found_arm("reference", "", 5.0, 2**31, method="scalekv", cache_bytes=2**29)
+    failed = {"side": "ours", "model": "var-d30", "batch": 8, "policy": "h2o", "method": ""}
     found.found["ceiling"] = {"operations_per_second": 1e14, "size": 8192}
-    found.found["arms"] = [*arms, {**failed, "error": "out of memory"}]
+    found.found["arms"] = [fork, *arms, {**failed, "error": "out of memory"}]
     found.write({})
     lines = (tmp_path / "comparison.md").read_text().splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "|" in line]
     assert cells[2:] == [
-        ["reference", "10", "1.00", "4.00", "1.000", "3.0", "-", "10.0%"],
-        ["ours, full", "20", "2.00", "2.00", "0.500", "60.0", "-", "20.0%"],
-        ["ours, ams", "25", "2.50", "1.00", "0.250", "-", "5.0", "18.8%"],
-        ["ours, h2o", "out of memory", *["-"] * 6],
+        ["ScaleKV's code", "5", "0.50", "2.00", "0.500", "0.500", "-", "-", "-"],
+        ["reference", "10", "1.00", "4.00", "1.000", "-", "3.0", "-", "10.0%"],
+        ["ours, full", "20", "2.00", "2.00", "0.500", "-", "60.0", "-", "20.0%"],
+        ["ours, ams", "25", "2.50", "1.00", "0.250", "-", "-", "5.0", "18.8%"],
+        ["ours, h2o", "out of memory", *["-"] * 7],
     ]
     assert "## var-d30, batch 8" in lines
     assert "(2 arms at a time)" in "\n".join(lines)
@@ -88,8 +125,8 @@ def test_the_table_has_ratios_and_failures(comparison, tmp_path):
 
 
 def found_arm(side, policy, speed, peak, **more):
-    arm = {"side": side, "model": "var-d30", "batch": 8, "policy": policy, "device": "GPU"}
-    return {**arm, "pictures_per_second": speed, "peak_bytes": peak, **more}
+    arm = {"side": side, "model": "var-d30", "batch": 8, "policy": policy, "method": ""}
+    return {**arm, "device": "GPU", "pictures_per_second": speed, "peak_bytes": peak, **more}
 
 
 def test_processes_that_fail_are_entries(comparison, tmp_path):
