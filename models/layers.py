@@ -111,21 +111,25 @@ class SelfAttention(nn.Module):
         """Map [rows, T, D] to [rows, T, D] and the carry of ``attention``."""
         heads, width = self.num_heads // shards(), x.shape[-1] // shards()
         qkv = BlockDense(3 * width, use_bias=False, dtype=self.dtype, name="qkv")(x)
-        query, key, value = jnp.split(qkv, 3, axis=-1)
-        query_bias = self.param("query_bias", nn.initializers.zeros, (width,)).astype(self.dtype)
-        value_bias = self.param("value_bias", nn.initializers.zeros, (width,)).astype(self.dtype)
-        query, value = (
-            query + per_channel(query_bias, query),
-            value + per_channel(value_bias, value),
-        )
+        query_bias = self.param("query_bias", nn.initializers.zeros, (width,))
+        value_bias = self.param("value_bias", nn.initializers.zeros, (width,))
+        # As one bias, which XLA makes part of the product.
+        bias = jnp.concatenate([query_bias, jnp.zeros_like(query_bias), value_bias])
+        qkv += per_channel(bias.astype(self.dtype), qkv)
         query, key, value = (
-            part.reshape(*part.shape[:-1], heads, width // heads) for part in (query, key, value)
+            part.reshape(*part.shape[:-1], heads, width // heads)
+            for part in jnp.split(qkv, 3, axis=-1)
         )
         if self.l2_norm:
             initial = nn.initializers.constant(math.log(4.0))
             log_temperature = self.param("log_temperature", initial, (heads,)).astype(jnp.float32)
             temperature = jnp.exp(jnp.minimum(log_temperature, MAX_LOG_TEMPERATURE))
-            query = normalize_heads(query) * temperature[None, None, :, None]
+            # Of every token: of so small an operand as the heads', XLA thinks that it pays to give
+            # a kernel few neighbouring channels of many tokens, and takes three times as long.
+            temperature = lax.optimization_barrier(
+                jnp.broadcast_to(temperature[None, None], query.shape[:-1])
+            )
+            query = normalize_heads(query) * temperature[..., None]
             key = normalize_heads(key)
         if self.rotate is not None:
             query, key = self.rotate(query), self.rotate(key)

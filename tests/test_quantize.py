@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from amskv_jax.numbers.quantize import CURVES, LONGEST, STARTS, TRIALS, Levels, pack, unpack
+from amskv_jax.numbers.quantize import (
+    CURVES,
+    LONGEST,
+    NEAREST,
+    STARTS,
+    TRIALS,
+    Levels,
+    pack,
+    unpack,
+)
 
 BITS = (1, 2, 3, 4)
 LLOYD_MAX = {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497}
@@ -28,18 +37,41 @@ def gaussian(count, size, seed=0):
     return np.random.default_rng(seed).standard_normal((count, size)).astype(np.float32)
 
 
+def place(x, bits):
+    """Where the levels say that numbers from 0 to the highest of them are, in levels from zero."""
+    powers = 2 * np.arange(len(NEAREST[bits])) + 1
+    return (np.array(NEAREST[bits]) * np.asarray(x, np.float64)[..., None] ** powers).sum(-1)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_levels_that_are_taken_are_nearest(bits):
+    """But for numbers within 0.0023 of a level's distance of the middle between two."""
+    (a, b), half = CURVES[bits], 2 ** (bits - 1)
+    middles = np.arange(1, half)
+    found = place(a * middles + b * (middles**3 + 0.75 * middles), bits)
+    np.testing.assert_allclose(found, middles, atol=0.0023 if bits == 4 else 1e-6)
+    highest = a * (half - 0.5) + b * (half - 0.5) ** 3
+    numbers = place(np.linspace(0, highest, 1000), bits)
+    assert (np.diff(numbers) >= 0).all()
+    assert half - 1 <= numbers[-1] < half
+
+
 def slowly(vector, bits):
-    """What codes leave of one vector: every level of every number is tried, in float64."""
+    """What codes leave of one vector: number by number, in float64."""
     a, b = CURVES[bits]
-    half = np.arange(2 ** (bits - 1)) + 0.5
-    levels = [sign * (a * t + b * t**3) for t in half for sign in (-1, 1)]
+    highest = a * (2 ** (bits - 1) - 0.5) + b * (2 ** (bits - 1) - 0.5) ** 3
+
+    def level(x):
+        t = np.floor(place(min(abs(x), highest), bits)) + 0.5
+        return np.copysign(a * t + b * t**3, x)
+
     factor, power = STARTS[bits]
     rms = np.sqrt(np.mean(vector**2))
     start = factor * rms * (np.abs(vector).max() / rms) ** power
     best, direction = -1.0, None
     for trial in TRIALS:
-        chosen = [min(levels, key=lambda level: abs(x - start * trial * level)) for x in vector]
-        unit = np.array(chosen) / np.linalg.norm(chosen)
+        chosen = np.array([level(x / (start * trial)) for x in vector])
+        unit = chosen / np.linalg.norm(chosen)
         if unit @ vector > best:
             best, direction = unit @ vector, unit
     cosine = best / np.linalg.norm(vector)
@@ -117,18 +149,24 @@ def test_numbers_are_packed_as_documented(bits):
     for size in (1, 7, 13, 64):
         numbers = np.random.default_rng(size).integers(0, 2**bits, (2, size))
         packed = np.asarray(pack(jnp.asarray(numbers, jnp.uint8), bits))
-        for own, row in zip(packed, numbers.tolist(), strict=True):
+        for own, row in zip(
+            packed.astype(packed.dtype.newbyteorder("<")).view(np.uint8),
+            numbers.tolist(),
+            strict=True,
+        ):
             expected, above = [], bits
             for width in [w for w in (8, 4, 2, 1) if w & bits]:
                 above -= width
-                count = -(-size // (8 // width))
-                plane = [0] * count
+                places = 8 // width
+                plane = [0] * -(-size // places)
                 for index, number in enumerate(row):
                     part = (number >> above) % 2**width
-                    plane[index % count] += part << width * (index // count)
+                    plane[index // places] += part << width * (index % places)
                 expected += plane
             assert own.tolist() == expected
-        assert packed.shape[-1] == sum(-(-size * w // 8) for w in (8, 4, 2, 1) if w & bits)
+        assert packed.itemsize * packed.shape[-1] == sum(
+            -(-size * w // 8) for w in (8, 4, 2, 1) if w & bits
+        )
         np.testing.assert_array_equal(unpack(jnp.asarray(packed), bits, size), numbers)
 
 

@@ -22,7 +22,7 @@ from amskv_jax.cache.head_tables import HeadTables, Reading
 from amskv_jax.cache.sequences import looked_up
 from amskv_jax.cache.store import LayerIndex, Store, empty, joined, later
 from amskv_jax.mesh import MODEL
-from amskv_jax.numbers import Numbers, numbers_of
+from amskv_jax.numbers import Numbers, Plain, numbers_of
 from amskv_jax.plan.mixed import MixedRow
 from amskv_jax.plan.rows import HeadRow
 from amskv_jax.schedule import ScaleSchedule
@@ -126,6 +126,9 @@ class HeadSlots:
             before = sum(capacities[:index])
             own = place.of_part(jnp.clip(slots - before, 0, capacities[index] - 1))
             codes = jax.tree.map(partial(_gather, own), cache[index], kinds)
+            if not isinstance(self.numbers[index], Plain):
+                # Or else every number of a byte of codes looks up where that byte is.
+                codes = lax.optimization_barrier(codes)
             decoded = self.numbers[index].decode(codes, like.dtype)
             if found is not None:
                 decoded = jnp.where((slots >= before)[None, ..., None, None], decoded, found)
@@ -153,12 +156,17 @@ class HeadSlots:
             slots = place.of_part(later(output, writing.slots.at(place.row), most))
             chosen, length = writing.tokens.at(place.row), key.shape[1]
             own = [
-                vectors.at[:, chosen % length, chosen // length].get(mode="clip")
+                jnp.swapaxes(
+                    vectors.at[:, chosen % length, chosen // length].get(mode="clip"), 0, 1
+                )
                 for vectors in (key, value)
             ]
-            pairs = jnp.swapaxes(jnp.stack(own, axis=2), 0, 1)
-            codes = _bits(self.numbers[index].encode(pairs))
-            written[index] = jax.tree.map(partial(_scatter, slots), cache[index], codes)
+            coded = not isinstance(self.numbers[index], Plain)
+            own = lax.optimization_barrier(own) if coded else own
+            codes = [_bits(self.numbers[index].encode(vectors)) for vectors in own]
+            pairs = jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=2), *codes)
+            pairs = lax.optimization_barrier(pairs) if coded else pairs
+            written[index] = jax.tree.map(partial(_scatter, slots), cache[index], pairs)
         return tuple(written)
 
 

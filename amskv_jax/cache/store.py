@@ -50,6 +50,9 @@ class Store:
 
     def encode(self, key: jax.Array, value: jax.Array) -> KVCache:
         """Return the codes of keys and values [..., head_dim]."""
+        # Or else XLA merges the norm that keys come from with the passes of a format, into kernels
+        # which leave much in memory.
+        key = lax.optimization_barrier(key)
         return KVCache(keys=self.numbers.encode(key), values=self.numbers.encode(value))
 
     def decode(self, part: KVCache, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
