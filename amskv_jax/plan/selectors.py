@@ -16,8 +16,9 @@ from amskv_jax.errors import AmskvError, UsageError
 
 Mode = Literal["paper", "reference"]
 
-PROBABILITY_BYTES = 2**28
-"""Most bytes of float32 attention probabilities that are held at once: one chunk of queries."""
+PROBABILITY_BYTES = 2**25
+"""Most bytes of float32 attention probabilities that are held at once: what a large GPU's cache
+holds, as they are read more than once."""
 
 
 class Selector(Protocol):
@@ -215,7 +216,8 @@ def attention_mass(
 ) -> jax.Array:
     """Return the attention probability that every key receives, summed over the queries.
 
-    A second pass over the logits, in chunks of queries: all probabilities are never held together.
+    A second pass over the logits, in parts of the batch, or of a row's queries if that is not
+    enough: all probabilities are never held together.
 
     Args:
       query: [rows, T, heads, head_dim].
@@ -226,28 +228,31 @@ def attention_mass(
     Returns:
       [rows, heads, S] float32.
     """
-    rows, length, heads, head_dim = query.shape
+    _, length, heads, _ = query.shape
+    queries = max(1, limit // (heads * key.shape[1] * 4))
 
-    def mass(part: jax.Array) -> jax.Array:
-        logits = scale * _logits(part, key)
-        return jnp.exp(logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)).sum(2)
+    def mass(queries: jax.Array, keys: jax.Array) -> jax.Array:
+        logits = scale * _logits(queries, keys)
+        return jnp.exp(logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)).sum(-2)
 
-    chunk = max(1, limit // (rows * heads * key.shape[1] * 4))
-    if chunk >= length:
-        return mass(query)
-    whole, rest = divmod(length, chunk)
-    parts = query[:, : whole * chunk].reshape(rows, whole, chunk, heads, head_dim)
-    total, _ = lax.scan(
-        lambda total, part: (total + mass(part), None),
-        jnp.zeros((rows, heads, key.shape[1]), jnp.float32),
-        jnp.moveaxis(parts, 1, 0),
-    )
-    return total + mass(query[:, whole * chunk :]) if rest else total
+    def of_row(row: tuple[jax.Array, jax.Array]) -> jax.Array:
+        own, keys = row
+        if queries >= length:
+            return mass(own, keys)
+        whole = length // queries * queries
+        total, _ = lax.scan(
+            lambda total, part: (total + mass(part, keys), None),
+            jnp.zeros((heads, len(keys)), jnp.float32),
+            own[:whole].reshape(-1, queries, *own.shape[1:]),
+        )
+        return total + mass(own[whole:], keys) if whole < length else total
+
+    return lax.map(of_row, (query, key), batch_size=max(1, queries // length))
 
 
 def _logits(query: jax.Array, key: jax.Array) -> jax.Array:
-    """Return all dot products [rows, heads, T, S] float32."""
+    """Return all dot products [..., heads, T, S] float32 of [..., T or S, heads, head_dim]."""
     precision = lax.Precision.HIGHEST if query.dtype == jnp.float32 else None
     return jnp.einsum(
-        "btnh,bsnh->bnts", query, key, precision=precision, preferred_element_type=jnp.float32
+        "...tnh,...snh->...nts", query, key, precision=precision, preferred_element_type=jnp.float32
     )
