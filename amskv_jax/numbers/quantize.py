@@ -13,6 +13,7 @@ so that it gains nothing there, and it would be a product more in every attentio
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -153,8 +154,10 @@ class Levels:
             level = self._level(self._nearest(sizes * own))
             products += [sizes * level, level * level]
         sums = _sums(*products)
-        best, *others = zip(inverse, sums[::2], sums[1::2], strict=True)
-        for other in others:
+        found: list[tuple[jax.Array, ...]]
+        found = list(zip(inverse, sums[::2], sums[1::2], strict=True))
+        best = found[0]
+        for other in found[1:]:
             closer = _cosine(*other[1:]) > _cosine(*best[1:])
             best = tuple(jnp.where(closer, *pair) for pair in zip(other, best, strict=True))
         return best
@@ -191,7 +194,7 @@ def unpack(packed: jax.Array, bits: int, size: int) -> jax.Array:
     numbers = jnp.zeros((), word)
     for width in _planes(bits):
         above -= width
-        places = np.arange(0, 8 * word.itemsize, width, word)
+        places = np.arange(0, 8 * word.itemsize, width).astype(word)
         count = -(-size // len(places))
         own = packed[..., start : start + count, None]
         start += count
@@ -201,7 +204,7 @@ def unpack(packed: jax.Array, bits: int, size: int) -> jax.Array:
     return numbers
 
 
-def _word(size: int, bits: int) -> np.dtype:
+def _word(size: int, bits: int) -> np.dtype[Any]:
     """Return the type of the words that vectors are packed into."""
     whole = all(size * width % 32 == 0 for width in _planes(bits))
     return np.dtype(np.uint32 if whole else np.uint8)
