@@ -126,9 +126,7 @@ class HeadSlots:
             before = sum(capacities[:index])
             own = place.of_part(jnp.clip(slots - before, 0, capacities[index] - 1))
             codes = jax.tree.map(partial(_gather, own), cache[index], kinds)
-            if not isinstance(self.numbers[index], Plain):
-                # Or else every number of a byte of codes looks up where that byte is.
-                codes = lax.optimization_barrier(codes)
+            codes = _in_memory(self.numbers[index], codes)
             decoded = self.numbers[index].decode(codes, like.dtype)
             if found is not None:
                 decoded = jnp.where((slots >= before)[None, ..., None, None], decoded, found)
@@ -155,18 +153,14 @@ class HeadSlots:
             most = self.tables.capacities[index] + writing.slots.length
             slots = place.of_part(later(output, writing.slots.at(place.row), most))
             chosen, length = writing.tokens.at(place.row), key.shape[1]
-            own = [
-                jnp.swapaxes(
-                    vectors.at[:, chosen % length, chosen // length].get(mode="clip"), 0, 1
-                )
-                for vectors in (key, value)
-            ]
-            coded = not isinstance(self.numbers[index], Plain)
-            own = lax.optimization_barrier(own) if coded else own
-            codes = [_bits(self.numbers[index].encode(vectors)) for vectors in own]
-            pairs = jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=2), *codes)
-            pairs = lax.optimization_barrier(pairs) if coded else pairs
-            written[index] = jax.tree.map(partial(_scatter, slots), cache[index], pairs)
+            numbers, own = self.numbers[index], []
+            for vectors in (key, value):
+                found = vectors.at[:, chosen % length, chosen // length].get(mode="clip")
+                found = _in_memory(numbers, jnp.swapaxes(found, 0, 1))
+                own.append(_bits(numbers.encode(found)))
+            pairs = jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=2), *own)
+            scatter = partial(_scatter, slots)
+            written[index] = jax.tree.map(scatter, cache[index], _in_memory(numbers, pairs))
         return tuple(written)
 
 
@@ -186,6 +180,15 @@ class _Place(NamedTuple):
     def of_part(self, slots: jax.Array) -> jax.Array:
         """Return where the part's shares of slots are."""
         return slots if self.parts == 1 else slots * self.parts + self.part
+
+
+def _in_memory(numbers: Numbers, tree: Any) -> Any:
+    """Return codes, or what is about to be coded, so that XLA keeps them in memory.
+
+    It would look up again where they are for every number that is computed of them, or compute them
+    again for every one that is written.
+    """
+    return tree if isinstance(numbers, Plain) else lax.optimization_barrier(tree)
 
 
 def _bits(codes: Any) -> Any:

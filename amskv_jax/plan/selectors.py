@@ -229,25 +229,25 @@ def attention_mass(
       [rows, heads, S] float32.
     """
     _, length, heads, _ = query.shape
-    queries = max(1, limit // (heads * key.shape[1] * 4))
+    most = max(1, limit // (heads * key.shape[1] * 4))  # queries at once
 
     def mass(queries: jax.Array, keys: jax.Array) -> jax.Array:
         logits = scale * _logits(queries, keys)
         return jnp.exp(logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)).sum(-2)
 
     def of_row(row: tuple[jax.Array, jax.Array]) -> jax.Array:
-        own, keys = row
-        if queries >= length:
-            return mass(own, keys)
-        whole = length // queries * queries
+        queries, keys = row
+        if most >= length:
+            return mass(queries, keys)
+        whole = length // most * most
         total, _ = lax.scan(
             lambda total, part: (total + mass(part, keys), None),
             jnp.zeros((heads, len(keys)), jnp.float32),
-            own[:whole].reshape(-1, queries, *own.shape[1:]),
+            queries[:whole].reshape(-1, most, *queries.shape[1:]),
         )
-        return total + mass(own[whole:], keys) if whole < length else total
+        return total + mass(queries[whole:], keys) if whole < length else total
 
-    return lax.map(of_row, (query, key), batch_size=max(1, queries // length))
+    return lax.map(of_row, (query, key), batch_size=max(1, most // length))
 
 
 def _logits(query: jax.Array, key: jax.Array) -> jax.Array:
