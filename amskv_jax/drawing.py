@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,6 +22,9 @@ IN_FLIGHT = 2
 """Batches the device works on while the host waits for the oldest."""
 PICTURES_IN_TURN = 64
 """Pictures, or a batch of more, that are drawn before they are decoded where parts take turns."""
+
+Update = Callable[[str, float], object]
+"""Takes what is being done and the share that is done."""
 
 
 def full_batches(count: int, batch: int) -> list[np.ndarray]:

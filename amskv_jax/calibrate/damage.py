@@ -3,14 +3,14 @@
 Estimated around the full cache, and around caches which are planned by that: see ``effects``.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from amskv_jax.calibrate.effects import Effects, Frame, divergence, effects, predictions
-from amskv_jax.drawing import full_batches
+from amskv_jax.drawing import Update, full_batches
 from amskv_jax.errors import AmskvError, UsageError
 from amskv_jax.generate import picture_keys
 from amskv_jax.models.protocol import Conditions
@@ -41,9 +41,6 @@ class Base(NamedTuple):
 
 BASES = (Base(0.75), Base(0.85), Base(0.9), Base(0.95), Base(0.975))
 """The bases if none are given."""
-
-Update = Callable[[str, float], object]
-"""Takes what is being done and the share that is done."""
 
 
 def measure_damage(

@@ -6,7 +6,7 @@ line of figures per policy, and while a policy is drawn its shards, ``NAME.shard
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 from amskv_jax.attention import Implementation
 from amskv_jax.bulk.files import ShardFiles
 from amskv_jax.bulk.shards import draw_shards
-from amskv_jax.drawing import Batch
+from amskv_jax.drawing import Batch, Update
 from amskv_jax.errors import UsageError
 from amskv_jax.evaluation.comparison import Comparison, open_folder
 from amskv_jax.evaluation.measures import Judge
@@ -26,9 +26,6 @@ from amskv_jax.generate import Sampler
 from amskv_jax.pipeline import Pipeline
 from amskv_jax.plan.stats import LayerStats
 from amskv_jax.policies.grammar import PolicyRequest
-
-Update = Callable[[str, float], object]
-"""Takes what is being done and the share that is done."""
 
 
 @dataclass(frozen=True, kw_only=True)

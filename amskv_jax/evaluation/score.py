@@ -7,7 +7,7 @@ as divergence from the full cache's distribution.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ import numpy as np
 
 from amskv_jax.attention import Implementation
 from amskv_jax.decode import encode_pixels
-from amskv_jax.drawing import full_batches
+from amskv_jax.drawing import Update, full_batches
 from amskv_jax.errors import AmskvError, UsageError
 from amskv_jax.generate import Sampler, Samples, picture_keys
 from amskv_jax.models.guidance import UNGUIDED, Controls
@@ -28,9 +28,6 @@ from amskv_jax.plan.retention import RetentionPlan
 from amskv_jax.policies.full import Full
 from amskv_jax.sampling import TokenSampling
 from amskv_jax.schedule import ScaleSchedule
-
-Update = Callable[[str, float], object]
-"""Takes what is being done and the share that is done."""
 
 
 class Mean(NamedTuple):
