@@ -1,4 +1,5 @@
 from dataclasses import replace
+from functools import partial
 
 import jax
 import numpy as np
@@ -41,9 +42,12 @@ def coloured(count, seed=0):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     directory = tmp_path_factory.mktemp("run")
-    return train_classifier(TRAINING, coloured(60), directory, validation=coloured(30, 1)), (
-        read_json_lines(directory / "log.jsonl")
-    )
+    # Here running takes longer than compiling, unlike elsewhere (conftest.py).
+    optimized = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 1})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "jit", optimized)
+        found = train_classifier(TRAINING, coloured(60), directory, validation=coloured(30, 1))
+    return found, read_json_lines(directory / "log.jsonl")
 
 
 def test_training_learns_and_logs(trained):
