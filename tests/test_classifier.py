@@ -1,9 +1,9 @@
 from dataclasses import replace
-from functools import partial
 
 import jax
 import numpy as np
 import pytest
+from training_helpers import optimized_programs
 
 from amskv_jax.errors import AmskvError
 from amskv_jax.evaluation.classifier import load_classifier, save_classifier
@@ -42,10 +42,7 @@ def coloured(count, seed=0):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     directory = tmp_path_factory.mktemp("run")
-    # Here running takes longer than compiling, unlike elsewhere (conftest.py).
-    optimized = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 1})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "jit", optimized)
+    with optimized_programs():
         found = train_classifier(TRAINING, coloured(60), directory, validation=coloured(30, 1))
     return found, read_json_lines(directory / "log.jsonl")
 

@@ -13,6 +13,7 @@ from training_helpers import (
     TOKENIZER,
     TOKENIZER_TRAINING,
     comparable,
+    optimized_programs,
     smooth_pictures,
 )
 
@@ -75,7 +76,8 @@ def test_gradients_pass_the_quantiser_straight_through():
 def trained_tokenizer(tmp_path_factory):
     directory = tmp_path_factory.mktemp("tokenizer")
     pictures = smooth_pictures()
-    params = train_tokenizer(TOKENIZER_TRAINING, pictures, directory, validation=pictures)
+    with optimized_programs():
+        params = train_tokenizer(TOKENIZER_TRAINING, pictures, directory, validation=pictures)
     return TOKENIZER_TRAINING, params, directory
 
 

@@ -3,10 +3,13 @@
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import jax
 import numpy as np
+import pytest
 from reference_weights import vqvae_params
 
 from amskv_jax.files import read_json_lines
@@ -49,6 +52,15 @@ TRANSFORMER_TRAINING = TransformerTraining(
     TRANSFORMER, TOKENIZER, Optimization(learning_rate=1e-2, warmup_steps=4), RUN
 )
 """Tests that train with these share compiled programs."""
+
+
+@contextmanager
+def optimized_programs():
+    """Compile well what is trained, as running it takes longer, unlike elsewhere (conftest.py)."""
+    options = {"xla_backend_optimization_level": 2}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "jit", partial(jax.jit, compiler_options=options))
+        yield
 
 
 def comparable(directory):
