@@ -55,8 +55,7 @@ def arm(options: argparse.Namespace) -> dict[str, Any]:
     except OutOfMemoryError as error:
         return {"error": "out of memory", "detail": str(error), "plan": sampler.plan.note}
     result["plan"] = sampler.plan.note
-    geometry = pipeline_of(options).geometry(options.batch)
-    result["cache_bytes"] = MemoryReport.of(sampler.plan, geometry).plan
+    result["cache_bytes"] = MemoryReport.of(sampler.plan, sampler.geometry(options.batch)).plan
     result["product_operations"] = product_operations(sampler, options.batch)
     return result
 
@@ -89,10 +88,10 @@ def ceiling(options: argparse.Namespace) -> dict[str, Any]:
     return {"operations_per_second": 2 * size**3 / min(seconds), "size": size, "device": device}
 
 
-def pipeline_of(options: argparse.Namespace) -> Pipeline:
-    """Return the pipeline that the command line asks for, without weights."""
+def sampler_of(options: argparse.Namespace) -> Sampler:
+    """Return the sampler that the command line asks for."""
     model = model_of(options.model)
-    return Pipeline(
+    pipe = Pipeline(
         model=model,
         params=None,
         schedule=model.schedule,
@@ -100,11 +99,6 @@ def pipeline_of(options: argparse.Namespace) -> Pipeline:
         drawing=model.drawing,
         cache_dtype=options.cache_dtype,
     )
-
-
-def sampler_of(options: argparse.Namespace) -> Sampler:
-    """Return the sampler that the command line asks for."""
-    pipe = pipeline_of(options)
     plan = parse_policy(options.policy).plan(pipe.shape, pipe.geometry(options.batch))
     return pipe.sampler(plan, attention=options.attention)
 

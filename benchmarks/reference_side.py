@@ -78,25 +78,28 @@ def measure(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     attentions = [module for module in model.modules() if hasattr(module, "cached_k")]
-    kept, seconds = [0], []
+    kept = [0]
 
     def weigh(*_: Any) -> None:
         pairs = [getattr(x, name) for x in attentions for name in ("cached_k", "cached_v")]
         kept.append(sum(cached.nbytes for cached in pairs if cached is not None))
 
-    hooks = [module.register_forward_hook(weigh) for module in attentions]
-    for _ in range(repeats + 1):
+    def seconds() -> float:
         start = time.perf_counter()
         call()
         if cuda:
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-        for hook in hooks:
-            hook.remove()
+        return time.perf_counter() - start
+
+    hooks = [module.register_forward_hook(weigh) for module in attentions]
+    first = seconds()
+    for hook in hooks:
+        hook.remove()
+    timed = [seconds() for _ in range(repeats)]
     return {
-        "pictures_per_second": batch / sorted(seconds[1:])[repeats // 2],
-        "seconds": seconds[1:],
-        "first_call_seconds": seconds[0],
+        "pictures_per_second": batch / sorted(timed)[repeats // 2],
+        "seconds": timed,
+        "first_call_seconds": first,
         "cache_bytes": max(kept),
         "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
         "reserved_bytes": torch.cuda.max_memory_reserved() if cuda else None,
