@@ -220,7 +220,7 @@ class Sampler:
             x, caches, seen = apply_blocks(
                 block,
                 (prepared.layers, mixes),
-                x,
+                x.astype(self.activation_dtype),
                 caches,
                 layout,
                 step,

@@ -141,7 +141,7 @@ class Guidance:
         """
         conditional, unconditional = _halves(x)
         mixed = self.repeat(_extrapolate(conditional, unconditional, strength))
-        return jnp.where(mixes & (strength != 1), mixed, x)
+        return jnp.where(mixes & (strength != 1), mixed.astype(x.dtype), x)
 
     def layer_flags(self, num_layers: int) -> np.ndarray:
         """Return which blocks mix, [num_layers] bool."""

@@ -51,8 +51,9 @@ class Transformer(Protocol):
     def block(
         self, layer: Any, shared: Any, x: jax.Array, step: int, attention: Attention
     ) -> tuple[jax.Array, Any]:
-        """Map [rows, T, D] float32 to the next such and the carry of ``attention``.
+        """Map the residual stream [rows, T, D] to the next one and the carry of ``attention``.
 
+        It comes and goes in the type of products, and is summed in float32.
         ``layer`` is ``Prepared.layers`` at one layer; ``step`` is static.
         """
         ...

@@ -41,7 +41,7 @@ class Activations:
 
     def residual(self, rows: int, tokens: int) -> int:
         """Return the bytes of the residual stream: ``tokens`` of every batch row."""
-        return FLOAT32 * self.shape.width * rows * tokens
+        return self.itemsize * self.shape.width * rows * tokens
 
     def block(
         self, tokens: int, held: int, geometry: CacheGeometry, *, picked: bool, folded: bool

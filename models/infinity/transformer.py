@@ -118,7 +118,9 @@ class Block(nn.Module):
         turns: Turns,
         attention: Attention,
     ) -> tuple[jax.Array, Any]:
-        """Map the residual stream [rows, T, D] float32 to the next one and ``attention``'s carry.
+        """Map the residual stream [rows, T, D] to the next one and ``attention``'s carry.
+
+        It is summed in float32, and comes and goes as the dtype it has.
 
         Args:
           x: the residual stream.
@@ -139,17 +141,17 @@ class Block(nn.Module):
             rotate=partial(rotate, cosine=turns[0], sine=turns[1]),
             name="attention",
         )(layer_norm(x, scale1, shift1).astype(self.dtype), attention)
-        x = x + h.astype(jnp.float32) * gate1
+        y = x.astype(jnp.float32) + h.astype(jnp.float32) * gate1
         norm = nn.LayerNorm(
             NORM_EPSILON, dtype=jnp.float32, use_fast_variance=False, name="cross_norm"
         )
         cross = CrossAttention(config.num_heads, self.dtype, self.implementation, name="cross")
-        h = cross(norm(x).astype(self.dtype), key, value, shared.lengths)
-        x = x + h.astype(jnp.float32)
+        h = cross(norm(y).astype(self.dtype), key, value, shared.lengths)
+        y = y + h.astype(jnp.float32)
         h = FeedForward(config.hidden, self.dtype, name="mlp")(
-            layer_norm(x, scale2, shift2).astype(self.dtype)
+            layer_norm(y, scale2, shift2).astype(self.dtype)
         )
-        return x + h.astype(jnp.float32) * gate2, carry
+        return (y + h.astype(jnp.float32) * gate2).astype(x.dtype), carry
 
 
 class Infinity(nn.Module):
@@ -161,8 +163,9 @@ class Infinity(nn.Module):
     Attributes:
       config: its shape.
       schedule: the token maps.
-      dtype: of matrix products and the cache; norms, residual stream, the pooled text and logits
-        are float32.
+      dtype: of matrix products, the cache, and the residual stream between the blocks of a
+        sampler; norms, sums, the pooled text and logits are float32, and in the teacher-forced pass
+        the whole stream.
       implementation: back end of the attention to the text, and of the teacher-forced pass.
     """
 
@@ -203,7 +206,7 @@ class Infinity(nn.Module):
     def block(
         self, layer: Layer, shared: Shared, x: jax.Array, step: int, attention: Attention
     ) -> tuple[jax.Array, Any]:
-        """Map [rows, T, D] float32 to the next such and the carry of ``attention``."""
+        """See ``protocol.Transformer``."""
         block = Block(self.config, self.dtype, self.implementation, parent=None)
         turns = self._turns(step)
         return block.apply(

@@ -27,7 +27,9 @@ class Block(nn.Module):
     def __call__(
         self, x: jax.Array, modulation: jax.Array, attention: Attention
     ) -> tuple[jax.Array, Any]:
-        """Map the residual stream [rows, T, D] float32 to the next one and ``attention``'s carry.
+        """Map the residual stream [rows, T, D] to the next one and ``attention``'s carry.
+
+        It is summed in float32, and comes and goes as the dtype it has.
 
         ``modulation`` [rows, 6, D] holds two gates, two scales and two shifts, in this order; of
         each pair the first belongs to the attention, the second to the feed-forward part.
@@ -37,11 +39,11 @@ class Block(nn.Module):
         h, carry = SelfAttention(
             config.num_heads, config.attn_l2_norm, self.dtype, name="attention"
         )(layer_norm(x, scale1, shift1).astype(self.dtype), attention)
-        x = x + h.astype(jnp.float32) * gate1.astype(jnp.float32)
+        y = x.astype(jnp.float32) + h.astype(jnp.float32) * gate1.astype(jnp.float32)
         h = FeedForward(round(config.width * config.mlp_ratio), self.dtype, name="mlp")(
-            layer_norm(x, scale2, shift2).astype(self.dtype)
+            layer_norm(y, scale2, shift2).astype(self.dtype)
         )
-        return x + h.astype(jnp.float32) * gate2.astype(jnp.float32), carry
+        return (y + h.astype(jnp.float32) * gate2.astype(jnp.float32)).astype(x.dtype), carry
 
 
 class VAR(nn.Module):
@@ -49,7 +51,9 @@ class VAR(nn.Module):
 
     Attributes:
       config: its shape.
-      dtype: of matrix products and the cache; norms, residual stream and logits are float32.
+      dtype: of matrix products, the cache, and the residual stream between the blocks of a
+        sampler; norms, sums and logits are float32, and in the teacher-forced pass the whole
+        stream.
       attention: back end of the teacher-forced pass, see ``attention.attend``.
     """
 
