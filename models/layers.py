@@ -15,6 +15,7 @@ from amskv_jax.float8 import Float8Weight, float8_product
 from amskv_jax.mesh import gathered, shards, summed
 from amskv_jax.packed_weight import is_packed, widened
 from amskv_jax.precision import precision_of
+from amskv_jax.stacked import StackedWeight
 
 NORM_EPSILON = 1e-6
 MAX_LOG_TEMPERATURE = math.log(100.0)
@@ -56,37 +57,43 @@ class RMSNorm(nn.Module):
 
 
 class BlockDense(nn.Module):
-    """A linear layer of a block, with the product in float8 where its kernel is.
+    """A linear layer of a block; how its kernel is kept decides how the product is computed.
 
     Attributes:
       features: channels of the output.
-      use_bias: whether there is a bias.
       dtype: of product and output.
       is_shared: devices share the contracted channels, so that their products are summed.
+      gelu: whether a tanh-approximated GELU follows.
     """
 
     features: int
-    use_bias: bool = True
     dtype: Any = jnp.float32
     is_shared: bool = False
+    gelu: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map [..., in] to [..., features]."""
-        rounded: Any = self.get_variable("params", "kernel")
-        if isinstance(rounded, Float8Weight):
-            y = float8_product(x, rounded).astype(self.dtype)
+    def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+        """Map [..., in] to [..., features]; a bias [features] that is given is no parameter."""
+        kept: Any = self.get_variable("params", "kernel")
+        if bias is None:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        bias, x = bias.astype(self.dtype), x.astype(self.dtype)
+        if isinstance(kept, StackedWeight) and kept.pays(x) and shards() == 1:
+            return kept.product(x, bias, self.gelu)
+        if isinstance(kept, Float8Weight):
+            y = float8_product(x, kept).astype(self.dtype)
         else:
             init, shape = nn.initializers.lecun_normal(), (x.shape[-1], self.features)
-            kernel = self.param("kernel", init, shape).astype(self.dtype)
+            kernel = (
+                kept.copied()
+                if isinstance(kept, StackedWeight)
+                else self.param("kernel", init, shape).astype(self.dtype)
+            )
             dimensions = (((x.ndim - 1,), (0,)), ((), ()))
-            precision = precision_of(self.dtype)
-            y = lax.dot_general(x.astype(self.dtype), kernel, dimensions, precision=precision)
+            y = lax.dot_general(x, kernel, dimensions, precision=precision_of(self.dtype))
         y = summed(y) if self.is_shared else y
-        if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,))
-            y += per_channel(bias.astype(self.dtype), y)
-        return y
+        y += per_channel(bias, y)
+        return nn.gelu(y, approximate=True) if self.gelu else y
 
 
 class SelfAttention(nn.Module):
@@ -110,12 +117,11 @@ class SelfAttention(nn.Module):
     def __call__(self, x: jax.Array, attention: Attention) -> tuple[jax.Array, Any]:
         """Map [rows, T, D] to [rows, T, D] and the carry of ``attention``."""
         heads, width = self.num_heads // shards(), x.shape[-1] // shards()
-        qkv = BlockDense(3 * width, use_bias=False, dtype=self.dtype, name="qkv")(x)
         query_bias = self.param("query_bias", nn.initializers.zeros, (width,))
         value_bias = self.param("value_bias", nn.initializers.zeros, (width,))
-        # As one bias, which XLA makes part of the product.
+        # As one bias, which is part of the product.
         bias = jnp.concatenate([query_bias, jnp.zeros_like(query_bias), value_bias])
-        qkv += per_channel(bias.astype(self.dtype), qkv)
+        qkv = BlockDense(3 * width, dtype=self.dtype, name="qkv")(x, bias)
         query, key, value = (
             part.reshape(*part.shape[:-1], heads, width // heads)
             for part in jnp.split(qkv, 3, axis=-1)
@@ -149,14 +155,14 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map [rows, T, D] to [rows, T, D]."""
-        up = BlockDense(self.hidden // shards(), dtype=self.dtype, name="up")
+        up = BlockDense(self.hidden // shards(), dtype=self.dtype, gelu=True, name="up")
         down = BlockDense(x.shape[-1], dtype=self.dtype, is_shared=True, name="down")
         own: dict[str, Any] = self.variables.get("params", {}).get("up", {})
         # As one row of tokens in float8: nothing may stand between the first product, GELU and the
         # rounding if they are to be one call of cuBLASLt.
         flat = isinstance(own.get("kernel"), Float8Weight)
         tokens = x.reshape(-1, x.shape[-1]) if flat else x
-        return down(nn.gelu(up(tokens), approximate=True)).reshape(x.shape)
+        return down(up(tokens)).reshape(x.shape)
 
 
 class StackedDense(nn.Module):

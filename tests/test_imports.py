@@ -17,8 +17,8 @@ FOLDERS = {
     "amskv_jax": ROOT / "amskv_jax",
 }
 FLOORS = [
-    ["errors", "words", "precision", "schedule"],
-    ["files", "resize", "numbers", "packed_weight", "float8"],
+    ["errors", "words", "precision", "schedule", "hopper"],
+    ["files", "resize", "numbers", "packed_weight", "float8", "stacked", "fused_attention"],
     ["attention", "similarity", "sampling", "mesh"],
     ["plan"],
     ["policies", "models"],

@@ -14,6 +14,7 @@ from amskv_jax.cache.parts import apart, together
 from amskv_jax.cache.store import Slots
 from amskv_jax.packed_weight import widened
 from amskv_jax.plan.retention import scans
+from amskv_jax.stacked import layer_of
 
 Take = Callable[[Any], Any]
 """Returns some of the batch rows of a tree of arrays [rows, ...]."""
@@ -64,7 +65,7 @@ def apply_blocks(
       block: the block.
       weights: pytree whose leaves have a leading layer axis; a layer is read inside the scan, as
         slicing groups of layers out beforehand would copy them. Packed ones are widened there, so
-        that no more than a layer of them is there in full.
+        that no more than a layer of them is there in full; stacked ones stay where they are.
       x: input of the first block, [rows, T, width].
       caches: one entry per group of ``layout``.
       layout: the cache's layout.
@@ -109,11 +110,7 @@ def apply_blocks(
                 updated, (output, seen) = _one_of(visit, local, branch)
                 return output, (updated, seen)
 
-            own = widened(
-                jax.tree.map(
-                    lambda leaf: lax.dynamic_index_in_dim(leaf, layer, keepdims=False), weights
-                )
-            )
+            own = widened(layer_of(weights, layer))
 
             def run_part(part: jax.Array, carry: Any) -> tuple[Any, Any]:
                 x, local = carry

@@ -30,6 +30,7 @@ from amskv_jax.models.layers import (
 from amskv_jax.models.parts import Built, module_of
 from amskv_jax.models.protocol import Prepared
 from amskv_jax.schedule import ScaleSchedule
+from amskv_jax.stacked import in_place
 
 Turns = tuple[jax.Array, jax.Array]
 """Cosine and sine of the rotary positions, see ``rotary.turns``."""
@@ -201,7 +202,8 @@ class Infinity(nn.Module):
     def prepare(self, condition: TextCondition, guidance: Guidance) -> Prepared:
         """Return everything that depends on the texts alone."""
         start, keys, values, shared = self._prepare(condition, guidance)
-        return Prepared(start, Layer(self.variables["params"]["blocks"], keys, values), shared)
+        blocks = in_place(self.variables["params"]["blocks"])
+        return Prepared(start, Layer(blocks, keys, values), shared)
 
     def block(
         self, layer: Layer, shared: Shared, x: jax.Array, step: int, attention: Attention

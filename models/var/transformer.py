@@ -15,6 +15,7 @@ from amskv_jax.models.layers import FeedForward, Head, SelfAttention, StackedDen
 from amskv_jax.models.parts import Built, module_of
 from amskv_jax.models.protocol import Prepared
 from amskv_jax.models.var.config import VARConfig
+from amskv_jax.stacked import in_place
 
 
 class Block(nn.Module):
@@ -95,7 +96,7 @@ class VAR(nn.Module):
         """See ``protocol.Transformer``; the condition is labels [B] int32."""
         without = jnp.full_like(condition, self.config.num_classes)
         embedding, modulation, head = self.condition(guidance.pair(condition, without))
-        layers = self.variables["params"]["blocks"], modulation
+        layers = in_place(self.variables["params"]["blocks"]), modulation
         return Prepared(start=self.first_input(embedding), layers=layers, shared=head)
 
     def block(
