@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,35 +10,69 @@ import numpy as np
 from jax import lax
 
 from amskv_jax.errors import UsageError
+from amskv_jax.fused_attention.blocks import WIDTH, Spans
+from amskv_jax.hopper import has_mosaic
 from amskv_jax.precision import precision_of
 
-Implementation = Literal["auto", "cudnn", "xla"]
+Implementation = Literal["auto", "mosaic", "cudnn", "xla"]
+Chosen = Literal["mosaic", "cudnn", "xla"]
 
 QKV = tuple[jax.Array, jax.Array, jax.Array]
 Attention = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 """Maps queries, keys and values [rows, T, heads, head_dim] to the output and a carry."""
+
+LEAST_QUERIES = 2**17
+"""Queries of all heads and rows from which the kernel of "mosaic" is used. It is faster for fewer,
+but every size is a program of its own, which takes a second or two to compile."""
 
 LOGITS_BYTES, CPU_LOGITS_BYTES = 2**30, 2**22
 """Most bytes of float32 logits the XLA back end holds at once; more are computed in turn. On CPUs,
 logits that stay in their caches are three times as fast."""
 
 
+class Cached(NamedTuple):
+    """What is read of buffers of all layers.
+
+    Attributes:
+      keys: [layers, rows, capacity, heads, head_dim].
+      values: likewise.
+      layer: which layer, int32 scalar.
+      spans: of slots, static; what lies in other slots is finite.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    layer: jax.Array
+    spans: Spans
+
+
 def choose_implementation(
     implementation: Implementation, dtype: jax.typing.DTypeLike, head_dim: int
-) -> Literal["cudnn", "xla"]:
-    """Return the back end that ``attend`` uses on the default device.
+) -> Chosen:
+    """Return the back end that attention uses on the default device.
 
-    "auto" is cuDNN's flash attention on NVIDIA GPUs that have it (compute capability 8.0, half
-    precision, heads of at most 128 channels in steps of 8), and exact XLA everywhere else.
+    "auto" is, on Hopper GPUs and for bfloat16 heads of 64 or 128 channels, "mosaic", a kernel that
+    reads the cache where it lies; else cuDNN's flash attention on NVIDIA GPUs that have it (compute
+    capability 8.0, half precision, heads of at most 128 channels in steps of 8), and exact XLA
+    everywhere else. "mosaic" leaves to cuDNN what it does not do.
 
     Raises:
-      UsageError: if the name is unknown.
+      UsageError: if the name is unknown, or "mosaic" is asked for where it does not run.
     """
     if implementation in ("cudnn", "xla"):
         return implementation
-    if implementation != "auto":
-        raise UsageError(f"unknown attention {implementation!r}: expected auto, cudnn or xla")
+    if implementation not in ("auto", "mosaic"):
+        raise UsageError(
+            f"unknown attention {implementation!r}: expected auto, mosaic, cudnn or xla"
+        )
+    if jnp.dtype(dtype) == jnp.bfloat16 and head_dim in (WIDTH, 2 * WIDTH) and has_mosaic():
+        return "mosaic"
     device = jax.devices()[0]
+    if implementation == "mosaic":
+        raise UsageError(
+            f"attention mosaic needs a Hopper GPU, bfloat16 and heads of {WIDTH} or {2 * WIDTH} "
+            f"channels, found {device.device_kind}, {jnp.dtype(dtype)} and {head_dim}: take auto"
+        )
     capability = getattr(device, "compute_capability", "0")
     capable = (
         device.platform == "gpu"
@@ -80,7 +114,10 @@ def attend(
     Returns:
       [rows, T, heads, head_dim] in the query's dtype. The softmax is computed in float32.
     """
-    if choose_implementation(implementation, query.dtype, query.shape[-1]) == "cudnn":
+    if lengths is None and reads_cache(query, implementation):
+        nothing = Cached(key[None], value[None], jnp.int32(0), ())
+        return attend_to_cache(query, nothing, key, value, scale)[0]
+    if choose_implementation(implementation, query.dtype, query.shape[-1]) != "xla":
         return jax.nn.dot_product_attention(
             query,
             key,
@@ -107,6 +144,35 @@ def attend(
     return lax.map(attend_row, (query, key, value, lengths), batch_size=batch_size)
 
 
+def reads_cache(query: jax.Array, implementation: Implementation) -> bool:
+    """Return whether ``attend_to_cache`` is the way to attend; see ``choose_implementation``."""
+    chosen = choose_implementation(implementation, query.dtype, query.shape[-1])
+    return chosen == "mosaic" and query.size // query.shape[-1] >= LEAST_QUERIES
+
+
+def attend_to_cache(
+    query: jax.Array, cached: Cached, key: jax.Array, value: jax.Array, scale: float
+) -> tuple[jax.Array, jax.Array]:
+    """Attend as ``attend`` to cached tokens and then own ones, which are not joined.
+
+    Args:
+      query: [rows, T, heads, head_dim].
+      cached: of the same dtype.
+      key: of the own tokens, [rows, S, heads, head_dim].
+      value: like ``key``.
+      scale: factor of the logits.
+
+    Returns:
+      The output, and the logarithm of the sum of exponentials of every query's logits,
+      [rows, T, heads] float32.
+    """
+    # Half a second, and of no use to most.
+    from amskv_jax.fused_attention.kernel import fused_attention  # noqa: PLC0415
+
+    buffers = cached.keys, cached.values, cached.layer
+    return fused_attention(query, *buffers, key, value, spans=cached.spans, scale=scale)
+
+
 def attend_block_causal(
     query: jax.Array,
     key: jax.Array,
@@ -117,8 +183,9 @@ def attend_block_causal(
 ) -> jax.Array:
     """Attend in blocks which see themselves and all earlier ones, as ``attend``; differentiable.
 
-    XLA attends block by block, to exactly what is visible. cuDNN has no gradient for odd sizes, so
-    it gets all at once with a mask; where even the whole is odd, XLA takes its place.
+    XLA attends block by block, to exactly what is visible. cuDNN, which is taken for "mosaic" too,
+    has no gradient for odd sizes, so it gets all at once with a mask; where even the whole is odd,
+    XLA takes its place.
 
     Args:
       query: [rows, T, heads, head_dim].
@@ -129,7 +196,7 @@ def attend_block_causal(
       implementation: the back end, see ``choose_implementation``.
     """
     chosen = choose_implementation(implementation, query.dtype, query.shape[-1])
-    if chosen == "cudnn" and ends[-1] % 2 == 0:
+    if chosen != "xla" and ends[-1] % 2 == 0:
         blocks = np.searchsorted(ends, np.arange(ends[-1]), side="right")
         mask = jnp.asarray(blocks[:, None] >= blocks)[None, None]
         return jax.nn.dot_product_attention(

@@ -121,7 +121,7 @@ class Sampler:
         """What a step needs besides weights and cache, on JAX's default device."""
         dtype = self.activation_dtype
         chosen = choose_implementation(self.attention, dtype, self.shape.head_dim)
-        logits = 0 if chosen == "cudnn" else logits_bytes()
+        logits = logits_bytes() if chosen == "xla" else 0
         copies = 1 if self.dtype in FLOAT8 else 0
         return Activations(self.model.block_shape, jnp.dtype(dtype).itemsize, logits, copies)
 

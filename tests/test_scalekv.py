@@ -62,7 +62,7 @@ def test_reference_mode_keeps_what_the_public_code_keeps(golden, layer, scale):
 
     selector = WindowScores(mode="reference")
     query, grid = normal(layer, scale)[1], INFINITY.grids[scale]
-    rank, _ = selector.rank(jnp.asarray(query), jnp.asarray(keys), 1.0, grid)
+    rank, _ = selector.rank(jnp.asarray(query), jnp.asarray(keys), 1.0, grid, None, None)
     kept = np.take_along_axis(at_hand, np.asarray(best(rank, count))[0], axis=1)
     for head in range(2):
         name = f"L{layer}_S{scale}"

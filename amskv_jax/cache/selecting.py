@@ -4,14 +4,15 @@ The tokens which stay are gathered before they are written, so that besides the 
 one layer's uncompressed keys and values exist at a time.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from amskv_jax.attention import QKV, Implementation, attend
+from amskv_jax.attention import QKV, Implementation
 from amskv_jax.cache.store import KVCache, Store, after, read, take, write
 from amskv_jax.plan.runtime_rows import SelectingRow
 from amskv_jax.plan.selectors import Selector, best
@@ -86,13 +87,17 @@ class SelectingSlots:
         """Store after attending those tokens that rank highest; see ``store.Slots``."""
         query, key, value = qkv
         held = self.counts[step]
-        cached = read(cache.tokens, layer, 0, held)
-        keys, values = self.store.with_own([cached], key, value)
-        output = attend(query, keys, values, scale, implementation)
+        spans = ((0, held),) if held else ()
+        output, normalizer = self.store.attend(
+            cache.tokens, layer, spans, qkv, scale, implementation
+        )
         if step + 1 == len(self.counts) or self.counts[step + 1] == 0:
             return output, cache
 
-        chosen, scores = self._choose(cache.scores, layer, step, query, keys, scale=scale)
+        cached = read(cache.tokens, layer, 0, held)
+        keys, _ = self.store.with_own([cached], key, value)
+        rank = partial(self.selector.rank, query, keys, scale, self.grids[step], normalizer)
+        chosen, scores = self._choose(cache.scores, layer, step, rank)
         own = self.store.encode(key, value)
         if chosen is not None:
             own, held = take([cached, own], chosen), 0
@@ -104,18 +109,22 @@ class SelectingSlots:
         scores: jax.Array | None,
         layer: jax.Array,
         step: int,
-        query: jax.Array,
-        keys: jax.Array,
-        *,
-        scale: float,
+        rank: Callable[[jax.Array | None], tuple[jax.Array, jax.Array | None]],
     ) -> tuple[jax.Array | None, jax.Array | None]:
-        """Return which of ``keys`` stay, [rows, heads, count] (None: all), and the new scores."""
+        """Return which tokens stay, [rows, heads, count] (None: all), and the new scores.
+
+        Args:
+          scores: of the buffers, or None.
+          layer: see ``attend``.
+          step: likewise.
+          rank: the selector's ``rank``, but for the cached tokens' scores.
+        """
         drops, drops_later = self.drops[step], any(self.drops[step + 1 :])
         if not drops and (scores is None or not drops_later):
             return None, scores
         before = None if scores is None else read(scores, layer, 0, self.counts[step], axis=2)
-        rank, updated = self.selector.rank(query, keys, scale, self.grids[step], before)
-        chosen = best(rank, self.counts[step + 1]) if drops else None
+        ranks, updated = rank(before)
+        chosen = best(ranks, self.counts[step + 1]) if drops else None
         if scores is not None and updated is not None and drops_later:
             if chosen is not None:
                 updated = jnp.take_along_axis(updated, chosen, axis=2)

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from amskv_jax.attention import QKV, Implementation, attend
+from amskv_jax.attention import QKV, Implementation
 from amskv_jax.cache.store import KVCache, Store, after, read, tokens, write
+from amskv_jax.fused_attention.blocks import Spans
 from amskv_jax.plan.rows import StaticRow
 from amskv_jax.schedule import ScaleSchedule
 
@@ -79,11 +80,9 @@ class StaticSlots:
         implementation: Implementation,
     ) -> tuple[jax.Array, KVCache]:
         """See ``store.Slots``."""
-        query, key, value = qkv
-        parts = [read(cache, layer, *span) for span in _spans(self.held[step])]
-        keys, values = self.store.with_own(parts, key, value)
-        output = attend(query, keys, values, scale, implementation)
-        return output, self.written(cache, layer, step, KVCache(key, value), output)
+        spans = _spans(self.held[step])
+        output, _ = self.store.attend(cache, layer, spans, qkv, scale, implementation)
+        return output, self.written(cache, layer, step, KVCache(*qkv[1:]), output)
 
     def written(
         self, cache: KVCache, layer: jax.Array, step: int, own: KVCache, output: jax.Array
@@ -144,7 +143,7 @@ def _runs(schedule: ScaleSchedule, slots: np.ndarray, owners: np.ndarray) -> tup
     return tuple(runs)
 
 
-def _spans(runs: Iterable[SlotRun]) -> list[tuple[int, int]]:
+def _spans(runs: Iterable[SlotRun]) -> Spans:
     """Merge runs in slot order into (first slot, length) spans, whatever they hold."""
     spans: list[tuple[int, int]] = []
     for run in runs:
@@ -152,4 +151,4 @@ def _spans(runs: Iterable[SlotRun]) -> list[tuple[int, int]]:
             spans[-1] = (spans[-1][0], spans[-1][1] + run.length)
         else:
             spans.append((run.slot, run.length))
-    return spans
+    return tuple(spans)

@@ -15,8 +15,16 @@ from flax import struct
 from jax import lax
 from jax.typing import DTypeLike
 
-from amskv_jax.attention import QKV, Implementation
-from amskv_jax.numbers import Numbers
+from amskv_jax.attention import (
+    QKV,
+    Cached,
+    Implementation,
+    attend,
+    attend_to_cache,
+    reads_cache,
+)
+from amskv_jax.fused_attention.blocks import Spans
+from amskv_jax.numbers import Numbers, Plain
 
 LayerIndex = jax.Array | int
 """One of the layers of buffers: int32 scalar, or known when the program is traced."""
@@ -59,6 +67,43 @@ class Store:
         """Return keys and values [..., head_dim] of codes."""
         keys, values = (self.numbers.decode(codes, dtype) for codes in (part.keys, part.values))
         return keys, values
+
+    def attend(
+        self,
+        cache: KVCache,
+        layer: LayerIndex,
+        spans: Spans,
+        qkv: QKV,
+        scale: float,
+        implementation: Implementation,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Attend to what some slots of a layer hold, and to a step's own tokens.
+
+        Args:
+          cache: the buffers.
+          layer: which of their layers.
+          spans: of slots that are read, static.
+          qkv: queries, keys and values of the own tokens, [rows, T, heads, head_dim] each.
+          scale: factor of the logits.
+          implementation: see ``attention.attend``.
+
+        Returns:
+          The output [rows, T, heads, head_dim], and the logarithm of the sum of exponentials of
+          every query's logits, [rows, T, heads] float32, where the back end tells it.
+        """
+        query, key, value = qkv
+        if not reads_cache(query, implementation):
+            parts = [read(cache, layer, *span) for span in spans]
+            keys, values = self.with_own(parts, key, value)
+            return attend(query, keys, values, scale, implementation), None
+        if self.numbers == Plain(str(key.dtype)):
+            cached = Cached(cache.keys, cache.values, jnp.asarray(layer, jnp.int32), spans)
+        else:
+            parts = [self.decode(read(cache, layer, *span), key.dtype) for span in spans]
+            parts = parts or [(key[:, :0], value[:, :0])]
+            keys, values = (joined(kind)[None] for kind in zip(*parts, strict=True))
+            cached = Cached(keys, values, jnp.int32(0), ((0, keys.shape[2]),))
+        return attend_to_cache(query, cached, key, value, scale)
 
     def with_own(
         self, parts: Sequence[KVCache], key: jax.Array, value: jax.Array

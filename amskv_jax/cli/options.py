@@ -33,6 +33,7 @@ class Attention(StrEnum):
     """Attention back ends, see ``attention.attend``."""
 
     AUTO = "auto"
+    MOSAIC = "mosaic"
     CUDNN = "cudnn"
     XLA = "xla"
 

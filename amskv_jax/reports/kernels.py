@@ -25,7 +25,10 @@ DECODER = "decode"
 _PATTERNS = (
     ("attention", r"sdpa|flash|fmha|attention"),
     ("sorting", r"sort|radix|top_?k"),
-    ("products", r"gemm|nvjet|cutlass|cublas|xmma|matmul|splitk|\bdot|_dot|conv(?!ert)|fprop|ynn"),
+    (
+        "products",
+        r"gemm|nvjet|cutlass|cublas|xmma|matmul|product|splitk|\bdot|_dot|conv(?!ert)|fprop|ynn",
+    ),
     ("copies", r"memcpy|memset|concatenate|dynamic[-_]update[-_]slice"),
     ("other", r"^(while|call|conditional)\b"),
 )

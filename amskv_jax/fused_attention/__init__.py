@@ -1,0 +1,1 @@
+"""Attention to the cache where it lies: a kernel for Hopper GPUs."""

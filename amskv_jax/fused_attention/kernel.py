@@ -1,0 +1,369 @@
+"""Fused attention to a layer of the cache and to a step's own tokens, which are not joined.
+
+For Hopper GPUs, in Pallas' Mosaic GPU dialect, after FlashAttention-3 (arXiv 2407.08608). The work
+is cut into units: some queries of one head of one batch row. A thread block takes one unit after
+the other, or several heads' at once. In it every warpgroup but one attends for 64 queries, and the
+last has blocks of keys and values copied to shared memory, some ahead of those that are in use.
+
+Copies are of any number of tokens from any on: what is beyond the end of an axis reads as zero and
+is not written, and logits of what is beyond the end of a source are set to minus infinity.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from amskv_jax.fused_attention.blocks import (
+    PROCESSORS,
+    QUERIES,
+    WIDTH,
+    Blocks,
+    Spans,
+    Step,
+    blocks_for,
+    steps_of,
+)
+
+REGISTERS = {2: (232, 40), 3: (152, 40)}
+"""Attending warpgroups -> registers that each of their threads, and of those that copy, gets."""
+
+
+@partial(jax.jit, static_argnames=("spans", "scale", "blocks", "interpret"))
+def fused_attention(
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    layer: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    spans: Spans,
+    scale: float,
+    blocks: Blocks | None = None,
+    interpret: Any = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Return softmax(scale * query K^T) V, K and V being cached tokens and then own ones.
+
+    Args:
+      query: [rows, T, heads, head_dim] bfloat16, head_dim 64 or 128.
+      keys: a buffer [layers, rows, capacity, heads, head_dim] bfloat16.
+      values: likewise.
+      layer: which of its layers is read, int32 scalar.
+      key: of the own tokens, [rows, S, heads, head_dim] bfloat16.
+      value: likewise.
+      spans: slots of the buffer which are read; what lies in others must be finite.
+      scale: factor of the logits.
+      blocks: how the work is cut; by default what ``blocks_for`` finds.
+      interpret: parameters of Pallas' interpreter, to run it on a CPU.
+
+    Returns:
+      [rows, T, heads, head_dim] bfloat16, and the logarithm of the sum of every query's
+      exponentials of logits, [rows, T, heads] float32.
+    """
+    rows, tokens, heads, head_dim = query.shape
+    cut = blocks or blocks_for(tokens, rows * heads, head_dim)
+    halves = head_dim // WIDTH
+    parts = -(-tokens // (QUERIES * cut.queries))  # of a head's queries
+    units = rows * heads // cut.heads * parts
+    running = min(PROCESSORS, units) if cut.in_turn else units
+    single = running == units
+    to_log2 = scale * math.log2(math.e)
+    steps = steps_of(spans, key.shape[1], cut.keys)
+    per_unit = sum(step.rounds or 1 for step in steps)
+
+    def attention_kernel(
+        layer_ref: Any,
+        query_ref: Any,
+        keys_ref: Any,
+        values_ref: Any,
+        key_ref: Any,
+        value_ref: Any,
+        output_ref: Any,
+        sums_ref: Any,
+        query_tile: Any,
+        output_tile: Any,
+        sums_tile: Any,
+        key_tiles: Any,
+        value_tiles: Any,
+        query_filled: Any,
+        key_filled: Any,
+        value_filled: Any,
+        key_emptied: Any,
+        value_emptied: Any,
+        turn: Any,
+        *weights_tile: Any,
+    ) -> None:
+        # Every tile has two views: for tensor cores and registers, and for copies, which can be of
+        # any number of rows if these are not seen in eights. It is the same memory.
+        def views(tile: Any) -> Any:
+            return (tile, tile) if interpret else tuple(tile)
+
+        own_query, query_copy = views(query_tile)
+        own_output, output_copy = views(output_tile)
+        own_keys, keys_copy = views(key_tiles)
+        own_values, values_copy = views(value_tiles)
+        block, group = lax.axis_index("block"), lax.axis_index("group")
+        unit_count = 1 if single else lax.div(units - 1 - block, jnp.int32(running)) + 1
+
+        def place(unit: Any, head: Any) -> tuple[Any, Any, Any]:
+            """Return batch row, head, and first query of one of the block's units."""
+            number = block + unit * running
+            pair = lax.div(number, jnp.int32(parts)) * cut.heads + head
+            first = lax.rem(number, jnp.int32(parts)) * (QUERIES * cut.queries)
+            return lax.div(pair, jnp.int32(heads)), lax.rem(pair, jnp.int32(heads)), first
+
+        def over_units(body: Callable[[Any, Any], Any]) -> None:
+            if single:
+                body(jnp.int32(0), jnp.int32(0))
+            else:
+                lax.fori_loop(0, unit_count, body, jnp.int32(0))
+
+        def over_steps(visit: Callable[..., Any], number: Any, carry: Any) -> tuple[Any, Any]:
+            """Visit the blocks of keys of a unit, which are numbered through all units."""
+            for step in steps:
+                if step.rounds is None:
+                    carry = visit(step, step.first, number, carry)
+                else:
+                    carry = lax.fori_loop(
+                        0,
+                        step.rounds,
+                        lambda i, carry, step=step, number=number: visit(
+                            step, step.first + i * cut.keys, number + i, carry
+                        ),
+                        carry,
+                    )
+                number = number + (step.rounds or 1)
+            return number, carry
+
+        def part_of(tile: Any, slot: Any, half: int, width: int) -> Any:
+            whole = width == cut.keys
+            return tile.at[slot, half] if whole else tile.at[slot, half, pl.ds(0, width)]
+
+        @pl.when(group < cut.groups)
+        def attend() -> None:
+            if cut.groups in REGISTERS:
+                plgpu.set_max_registers(REGISTERS[cut.groups][0], action="increase")
+            head = lax.div(group, jnp.int32(cut.queries)) if cut.heads > 1 else 0
+            part = lax.rem(group, jnp.int32(cut.queries)) if cut.heads > 1 else group
+
+            def load_queries(unit: Any) -> None:
+                row, own_head, first = place(unit, head)
+                for half in range(halves):
+                    plgpu.copy_gmem_to_smem(
+                        query_ref.at[
+                            row, pl.ds(first + part * QUERIES, QUERIES), own_head, _channels(half)
+                        ],
+                        query_copy.at[group, half],
+                        query_filled.at[group],
+                    )
+
+            def take_turn() -> None:
+                plgpu.barrier_arrive(turn)
+                plgpu.barrier_wait(turn)
+
+            load_queries(jnp.int32(0))
+            if cut.turns:
+                pl.when(group == 1)(take_turn)
+
+            def visit(unit: Any, step: Step, first: Any, number: Any, carry: Any) -> Any:
+                sums, most, total = carry
+                slot = lax.rem(number, jnp.int32(cut.stages)) + head * cut.stages
+                plgpu.barrier_wait(key_filled.at[slot])
+
+                def multiply(logits: Any) -> Any:
+                    for half in range(halves):
+                        tile = part_of(own_keys, slot, half, step.width)
+                        plgpu.wgmma(logits, own_query.at[group, half], tile.transpose((1, 0)))
+                    if cut.turns:
+                        take_turn()
+                    return logits[...]
+
+                shape = QUERIES, step.width
+                logits = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+                plgpu.barrier_arrive(key_emptied.at[slot])
+                if step is steps[-1] and not single:
+                    pl.when(unit + 1 < unit_count)(lambda: load_queries(unit + 1))
+                if step.valid is not None:
+                    position = plgpu.broadcasted_iota(
+                        jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA
+                    )
+                    # Plus a zero that the compiler does not know: it would compute the mask once
+                    # for all units, and hold it in more registers than there are.
+                    unknown = 0 if single else lax.shift_right_logical(number, jnp.int32(30))
+                    logits = jnp.where(position < step.valid + unknown, logits, -jnp.inf)
+                larger = jnp.maximum(most, logits.max(axis=1) * to_log2)
+                weights = jnp.exp2(logits * to_log2 - lax.broadcast_in_dim(larger, shape, [0]))
+                shrunk = jnp.exp2(most - larger)
+                total = total * shrunk + weights.sum(axis=1)
+                sums = tuple(own * lax.broadcast_in_dim(shrunk, own.shape, [0]) for own in sums)
+                rounded = weights.astype(query.dtype)
+                if cut.turns:
+                    plgpu.barrier_arrive(turn)
+                plgpu.barrier_wait(value_filled.at[slot])
+                if cut.turns:
+                    plgpu.barrier_wait(turn)
+                tiles = [part_of(own_values, slot, half, step.width) for half in range(halves)]
+                if interpret:
+                    sums = _weighed(sums, rounded, tiles, weights_tile[0].at[group])
+                else:
+
+                    def weigh(accumulators: Any) -> None:
+                        for accumulator, tile in zip(accumulators, tiles, strict=True):
+                            plgpu.wgmma(accumulator, rounded, tile)
+
+                    sums = pl.run_state(weigh)(tuple(plgpu.ACC.init(own) for own in sums))
+                plgpu.barrier_arrive(value_emptied.at[slot])
+                return tuple(sums), larger, total
+
+            def run_unit(unit: Any, number: Any) -> Any:
+                plgpu.barrier_wait(query_filled.at[group])
+                of_queries = plgpu.Layout.WGMMA.reduce(1)
+                carry = (
+                    tuple(_full((QUERIES, WIDTH), 0, plgpu.Layout.WGMMA) for _ in range(halves)),
+                    _full((QUERIES,), -jnp.inf, of_queries),
+                    _full((QUERIES,), 0, of_queries),
+                )
+                number, (sums, most, total) = over_steps(partial(visit, unit), number, carry)
+                if not single:  # until what was written before has been read
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                for half, own in enumerate(sums):
+                    inverse = lax.broadcast_in_dim(1 / total, own.shape, [0])
+                    own_output.at[group, half][...] = (own * inverse).astype(query.dtype)
+                sums_tile.at[group][...] = (most + jnp.log2(total)) * math.log(2)
+                plgpu.commit_smem()
+                row, own_head, first = place(unit, head)
+                queries = pl.ds(first + part * QUERIES, QUERIES)
+                for half in range(halves):
+                    target = output_ref.at[row, queries, own_head, _channels(half)]
+                    plgpu.copy_smem_to_gmem(output_copy.at[group, half], target)
+                plgpu.copy_smem_to_gmem(sums_tile.at[group], sums_ref.at[row, own_head, queries])
+                return number
+
+            over_units(run_unit)
+            if cut.turns:
+                pl.when(group == 0)(take_turn)
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(group == cut.groups)
+        def copy() -> None:
+            if cut.groups in REGISTERS:
+                plgpu.set_max_registers(REGISTERS[cut.groups][1], action="decrease")
+            chosen = layer_ref[0]
+            kinds = (
+                ((keys_ref, key_ref), keys_copy, key_filled, key_emptied),
+                ((values_ref, value_ref), values_copy, value_filled, value_emptied),
+            )
+
+            def run_unit(unit: Any, number: Any) -> Any:
+                places = [place(unit, head)[:2] for head in range(cut.heads)]
+
+                def visit(step: Step, first: Any, number: Any, carry: Any) -> Any:
+                    for head, (row, own_head) in enumerate(places):
+                        slot = lax.rem(number, jnp.int32(cut.stages)) + head * cut.stages
+                        for sources, tile, filled, emptied in kinds:
+
+                            @pl.when(number >= cut.stages)
+                            def _(emptied: Any = emptied, slot: Any = slot) -> None:
+                                plgpu.barrier_wait(emptied.at[slot])
+
+                            source = sources[step.source]
+                            source = source if step.source else source.at[chosen]
+                            # A start that is computed: of others it would be checked that the
+                            # block ends within the axis.
+                            some = pl.ds(lax.add(jnp.int32(first), jnp.int32(0)), step.width)
+                            for half in range(halves):
+                                plgpu.copy_gmem_to_smem(
+                                    source.at[row, some, own_head, _channels(half)],
+                                    part_of(tile, slot, half, step.width),
+                                    filled.at[slot],
+                                )
+                    return carry
+
+                return over_steps(visit, number, jnp.int32(0))[0]
+
+            over_units(run_unit)
+            # The last block in every stage, so that nobody arrives at a barrier that is gone.
+            for stage in range(cut.stages):
+
+                @pl.when(unit_count * per_unit > stage)
+                def _(stage: int = stage) -> None:
+                    for head in range(cut.heads):
+                        for emptied in (key_emptied, value_emptied):
+                            plgpu.barrier_wait(emptied.at[head * cut.stages + stage])
+
+    def shared(*shape: int) -> Any:
+        swizzle = plgpu.SwizzleTransform(128)
+        eights = plgpu.TilingTransform((8, WIDTH))
+        if interpret:
+            return plgpu.SMEM(shape, query.dtype)
+        return plgpu.RefUnion(
+            plgpu.SMEM(shape, query.dtype, transforms=(eights, swizzle)),
+            plgpu.SMEM(shape, query.dtype, transforms=(swizzle,)),
+        )
+
+    ring = cut.heads * cut.stages
+    filled = plgpu.Barrier(num_arrivals=halves, num_barriers=ring)
+    emptied = plgpu.Barrier(num_arrivals=cut.queries, num_barriers=ring)
+    padded = parts * QUERIES * cut.queries
+    output, sums = plgpu.kernel(
+        attention_kernel,
+        out_type=(
+            jax.ShapeDtypeStruct(query.shape, query.dtype),
+            jax.ShapeDtypeStruct((rows, heads, padded), jnp.float32),
+        ),
+        grid=(running,),
+        grid_names=("block",),
+        num_threads=cut.groups + 1,
+        thread_name="group",
+        scratch_types=[
+            shared(cut.groups, halves, QUERIES, WIDTH),
+            shared(cut.groups, halves, QUERIES, WIDTH),
+            plgpu.SMEM((cut.groups, QUERIES), jnp.float32),
+            shared(ring, halves, cut.keys, WIDTH),
+            shared(ring, halves, cut.keys, WIDTH),
+            plgpu.Barrier(num_arrivals=halves, num_barriers=cut.groups),
+            filled,
+            filled,
+            emptied,
+            emptied,
+            plgpu.Barrier(num_arrivals=cut.groups),
+            *([plgpu.SMEM((cut.groups, QUERIES, cut.keys), query.dtype)] if interpret else []),
+        ],
+        # The other way to lower a kernel takes twice as long.
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
+        interpret=interpret,
+    )(jnp.reshape(layer, (1,)).astype(jnp.int32), query, keys, values, key, value)
+    return output, jnp.swapaxes(sums[:, :, :tokens], 1, 2)
+
+
+def _channels(half: int) -> Any:
+    return pl.ds(half * WIDTH, WIDTH)
+
+
+def _full(shape: tuple[int, ...], fill: float, layout: Any) -> jax.Array:
+    return plgpu.layout_cast(jnp.full(shape, fill, jnp.float32), layout)
+
+
+def _weighed(sums: Any, weights: jax.Array, tiles: Any, memory: Any) -> list[jax.Array]:
+    """Add weights times values to sums as the interpreter can: operands are in shared memory."""
+    operand = memory.at[:, pl.ds(0, weights.shape[1])]
+    operand[...] = weights
+
+    def product(tile: Any, accumulator: Any) -> Any:
+        plgpu.wgmma(accumulator, operand, tile)
+        return accumulator[...]
+
+    shape = QUERIES, WIDTH
+    return [
+        own + pl.run_scoped(partial(product, tile), plgpu.ACC(shape, jnp.float32))
+        for own, tile in zip(sums, tiles, strict=True)
+    ]

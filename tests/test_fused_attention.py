@@ -1,0 +1,173 @@
+"""Attention that reads the cache where it lies: the kernel in Pallas' interpreter, and its use."""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference_weights import recipe_params
+
+from amskv_jax import attention
+from amskv_jax.attention import Cached, attend, choose_implementation
+from amskv_jax.cache import store
+from amskv_jax.errors import UsageError
+from amskv_jax.fused_attention.blocks import Blocks, blocks_for, steps_of
+from amskv_jax.generate import picture_keys
+from amskv_jax.models.guidance import Drawing
+from amskv_jax.models.var.config import VARConfig, VQVAEConfig
+from amskv_jax.models.var.model import VARModel
+from amskv_jax.policies import AMSKV, H2O, Full, ScaleKV, Window
+from amskv_jax.schedule import ScaleSchedule
+from amskv_jax.testing import sample
+
+SCHEDULE = ScaleSchedule.square((1, 2, 3, 4))
+CONFIG = VARConfig(2, 64, 2, SCHEDULE, 5, 32, 8)
+TOKENIZER = VQVAEConfig(SCHEDULE, 32, 8, 32, (1, 1), 1)
+
+interpreted = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="older interpreters know not all of it"
+)
+CASES = [
+    # rows, heads, head_dim, spans, own tokens, capacity, blocks, processors
+    (1, 2, 64, ((0, 63),), 36, 70, None, 132),
+    (2, 2, 64, ((3, 50), (60, 55)), 169, 130, Blocks(3, 1, 128, 2), 3),  # units in turn
+    (1, 3, 64, (), 64, 40, Blocks(1, 3, 64, 2), 1),  # several heads, nothing cached
+    (1, 1, 128, ((0, 130),), 200, 140, Blocks(2, 1, 128, 2, turns=True, in_turn=False), 132),
+]
+
+
+@interpreted
+@pytest.mark.skipif(
+    (os.cpu_count() or 1) < 4 and "NPROC" not in os.environ,
+    reason="threads of the interpreter wait for each other: set NPROC=16 if there are few cores",
+)
+@pytest.mark.parametrize("case", CASES)
+def test_kernel_attends_to_cache_and_own_tokens(monkeypatch, case):
+    from jax.experimental.pallas import mosaic_gpu
+
+    from amskv_jax.fused_attention import kernel
+
+    rows, heads, head_dim, spans, tokens, capacity, blocks, processors = case
+    monkeypatch.setattr(kernel, "PROCESSORS", processors)
+    own = (rows, tokens, heads, head_dim)
+    buffer = (3, rows, capacity, heads, head_dim)
+    query, keys, values, key, value = (
+        jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
+        for seed, shape in enumerate([own, buffer, buffer, own, own])
+    )
+    used = [slot for first, length in spans for slot in range(first, first + length)]
+    stale = np.setdiff1d(np.arange(capacity), used)
+    keys, values = (x.at[:, :, stale].set(50.0) for x in (keys, values))
+    output, sums = kernel.fused_attention(
+        *(query, keys, values, jnp.int32(1), key, value),
+        spans=spans,
+        scale=0.2,
+        blocks=blocks,
+        interpret=mosaic_gpu.InterpretGPUParams(detect_races=rows == 1),
+    )
+    if rows == 1:
+        from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+
+        assert not interpret_pallas_call.get_races().races_found
+    query, keys, values, key, value = (
+        np.asarray(x, np.float32) for x in (query, keys, values, key, value)
+    )
+    key = np.concatenate([keys[1][:, used], key], 1)
+    value = np.concatenate([values[1][:, used], value], 1)
+    weights = np.exp(0.2 * np.einsum("rthd,rshd->rhts", query, key))
+    total = weights.sum(-1)
+    expected = np.einsum("rhts,rshd->rthd", weights / total[..., None], value)
+    np.testing.assert_allclose(np.asarray(output, np.float32), expected, atol=0.01)
+    np.testing.assert_allclose(sums, np.log(total).swapaxes(1, 2), atol=1e-4)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 99), st.integers(1, 400)), max_size=3),
+    st.integers(1, 4096),
+    st.sampled_from((64, 128)),
+)
+@settings(deadline=None)
+def test_steps_take_every_token_once(spans, own, block):
+    steps = steps_of(tuple(spans), own, block)
+    taken = []
+    for step in steps:
+        for index in range(step.rounds or 1):
+            first = step.first + index * block
+            taken += [(step.source, first + i) for i in range(step.valid or step.width)]
+        assert step.width % 64 == 0 and step.width <= block
+        assert step.valid is None or step.valid < block
+    expected = [(0, slot) for first, length in spans for slot in range(first, first + length)]
+    assert taken == expected + [(1, token) for token in range(own)]
+    assert steps[-1].rounds is None, "the last one tells that queries may be replaced"
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("tokens", [1, 36, 64, 100, 169, 256, 1024, 4096])
+@pytest.mark.parametrize("pairs", [16, 32, 60, 3840])
+def test_blocks_fit_a_processor(tokens, pairs, head_dim):
+    blocks = blocks_for(tokens, pairs, head_dim)
+    assert pairs % blocks.heads == 0
+    tiles = 2 * blocks.groups * 64 + 2 * blocks.heads * blocks.stages * blocks.keys
+    assert 2 * head_dim * tiles + 256 * blocks.groups <= 226 * 1024
+    assert not blocks.turns or blocks.groups == 2, "two take turns"
+
+
+def joined_attention(query, cached: Cached, key, value, scale):
+    """Do what the kernel does, with what is joined."""
+    slots = [slot for first, length in cached.spans for slot in range(first, first + length)]
+    keys, values = (
+        jnp.concatenate([buffer[cached.layer][:, np.array(slots, int)], own], axis=1)
+        for buffer, own in ((cached.keys, key), (cached.values, value))
+    )
+    logits = jnp.einsum("rthd,rshd->rths", query, keys, precision="highest")
+    sums = jax.nn.logsumexp(scale * logits, axis=-1)
+    return attend(query, keys, values, scale, "xla"), sums
+
+
+@pytest.mark.parametrize(
+    ("policy", "cache_dtype"),
+    [
+        (Full(), None),
+        (AMSKV(1, 5, 1, demanding_layers=(0,)), "int8"),
+        (Window(7), None),
+        (H2O(6), None),
+        (ScaleKV(5), "int8"),
+    ],
+)
+@pytest.mark.usefixtures("quickly_compiled")
+def test_what_is_drawn_is_the_same(monkeypatch, policy, cache_dtype):
+    model, plan = VARModel(CONFIG, TOKENIZER), policy.plan(CONFIG.cache_shape)
+    params = {"transformer": recipe_params(CONFIG), "tokenizer": recipe_params(TOKENIZER)}
+    labels, keys = jnp.array([0, 3]), picture_keys(jax.random.key(0), 2)
+
+    def draw(attention):
+        options = {"attention": attention, "cache_dtype": cache_dtype}
+        return sample(model, plan, params, labels, keys, Drawing(top_k=8), **options).tokens
+
+    expected, seen = draw("xla"), []
+
+    def attend_to_cache(query, cached, *rest):
+        seen.append(cached.spans)
+        return joined_attention(query, cached, *rest)
+
+    monkeypatch.setattr(store, "reads_cache", lambda query, implementation: True)
+    monkeypatch.setattr(store, "attend_to_cache", attend_to_cache)
+    np.testing.assert_array_equal(draw("auto"), expected)
+    assert any(seen), "something cached was attended to"
+
+
+def test_only_much_work_on_a_hopper_is_done_by_the_kernel(monkeypatch):
+    with pytest.raises(UsageError, match=r"mosaic needs a Hopper GPU.*found cpu"):
+        choose_implementation("mosaic", jnp.bfloat16, 64)
+    monkeypatch.setattr(attention, "has_mosaic", lambda: True)
+    assert choose_implementation("auto", jnp.bfloat16, 64) == "mosaic"
+    assert choose_implementation("auto", jnp.bfloat16, 96) == "xla"
+    assert choose_implementation("auto", jnp.float32, 64) == "xla"
+    assert choose_implementation("cudnn", jnp.bfloat16, 64) == "cudnn"
+    much = jnp.zeros((128, 36, 30, 64), jnp.bfloat16)
+    assert attention.reads_cache(much, "auto")
+    assert not attention.reads_cache(much[:, :25], "auto")
+    assert not attention.reads_cache(much, "cudnn")
