@@ -151,7 +151,12 @@ def reads_cache(query: jax.Array, implementation: Implementation) -> bool:
 
 
 def attend_to_cache(
-    query: jax.Array, cached: Cached, key: jax.Array, value: jax.Array, scale: float
+    query: jax.Array,
+    cached: Cached,
+    key: jax.Array,
+    value: jax.Array,
+    scale: float,
+    lengths: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attend as ``attend`` to cached tokens and then own ones, which are not joined.
 
@@ -161,6 +166,8 @@ def attend_to_cache(
       key: of the own tokens, [rows, S, heads, head_dim].
       value: like ``key``.
       scale: factor of the logits.
+      lengths: how many tokens of the only span count, from its first on, for every batch row and
+        head, [rows, heads] int32; None for all of all spans.
 
     Returns:
       The output, and the logarithm of the sum of exponentials of every query's logits,
@@ -170,7 +177,7 @@ def attend_to_cache(
     from amskv_jax.fused_attention.kernel import fused_attention  # noqa: PLC0415
 
     buffers = cached.keys, cached.values, cached.layer
-    return fused_attention(query, *buffers, key, value, spans=cached.spans, scale=scale)
+    return fused_attention(query, *buffers, key, value, lengths, spans=cached.spans, scale=scale)
 
 
 def attend_block_causal(

@@ -8,18 +8,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_stats import random_stats
 from reference_weights import recipe_params
 
 from amskv_jax import attention
-from amskv_jax.attention import Cached, attend, choose_implementation
-from amskv_jax.cache import store
+from amskv_jax.attention import Cached, choose_implementation
+from amskv_jax.cache import heads, store
 from amskv_jax.errors import UsageError
 from amskv_jax.fused_attention.blocks import Blocks, blocks_for, steps_of
 from amskv_jax.generate import picture_keys
 from amskv_jax.models.guidance import Drawing
 from amskv_jax.models.var.config import VARConfig, VQVAEConfig
 from amskv_jax.models.var.model import VARModel
-from amskv_jax.policies import AMSKV, H2O, Full, ScaleKV, Window
+from amskv_jax.policies import AMSKV, H2O, Full, Heads, HeatKV, ScaleKV, Window
 from amskv_jax.schedule import ScaleSchedule
 from amskv_jax.testing import sample
 
@@ -31,11 +32,12 @@ interpreted = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="older interpreters know not all of it"
 )
 CASES = [
-    # rows, heads, head_dim, spans, own tokens, capacity, blocks, processors
-    (1, 2, 64, ((0, 63),), 36, 70, None, 132),
-    (2, 2, 64, ((3, 50), (60, 55)), 169, 130, Blocks(3, 1, 128, 2), 3),  # units in turn
-    (1, 3, 64, (), 64, 40, Blocks(1, 3, 64, 2), 1),  # several heads, nothing cached
-    (1, 1, 128, ((0, 130),), 200, 140, Blocks(2, 1, 128, 2, turns=True, in_turn=False), 132),
+    # rows, heads, head_dim, spans, lengths, own tokens, capacity, blocks, processors
+    (1, 2, 64, ((0, 63),), None, 36, 70, None, 132),
+    (2, 2, 64, ((3, 50), (60, 55)), None, 169, 130, Blocks(3, 1, 128, 2), 3),  # units in turn
+    (1, 3, 64, (), None, 64, 40, Blocks(1, 3, 64, 2), 1),  # several heads, nothing cached
+    (1, 1, 128, ((0, 130),), None, 200, 140, Blocks(2, 1, 128, 2, True, False), 132),
+    (1, 3, 64, ((0, 75),), (70, 0, 9), 36, 75, Blocks(1, 1, 64, 2), 1),  # heads hold as they like
 ]
 
 
@@ -50,7 +52,7 @@ def test_kernel_attends_to_cache_and_own_tokens(monkeypatch, case):
 
     from amskv_jax.fused_attention import kernel
 
-    rows, heads, head_dim, spans, tokens, capacity, blocks, processors = case
+    rows, heads, head_dim, spans, lengths, tokens, capacity, blocks, processors = case
     monkeypatch.setattr(kernel, "PROCESSORS", processors)
     own = (rows, tokens, heads, head_dim)
     buffer = (3, rows, capacity, heads, head_dim)
@@ -63,6 +65,7 @@ def test_kernel_attends_to_cache_and_own_tokens(monkeypatch, case):
     keys, values = (x.at[:, :, stale].set(50.0) for x in (keys, values))
     output, sums = kernel.fused_attention(
         *(query, keys, values, jnp.int32(1), key, value),
+        None if lengths is None else jnp.array([lengths] * rows),
         spans=spans,
         scale=0.2,
         blocks=blocks,
@@ -78,6 +81,8 @@ def test_kernel_attends_to_cache_and_own_tokens(monkeypatch, case):
     key = np.concatenate([keys[1][:, used], key], 1)
     value = np.concatenate([values[1][:, used], value], 1)
     weights = np.exp(0.2 * np.einsum("rthd,rshd->rhts", query, key))
+    for head, length in enumerate(lengths or ()):
+        weights[:, head, :, length : len(used)] = 0
     total = weights.sum(-1)
     expected = np.einsum("rhts,rshd->rthd", weights / total[..., None], value)
     np.testing.assert_allclose(np.asarray(output, np.float32), expected, atol=0.01)
@@ -115,16 +120,21 @@ def test_blocks_fit_a_processor(tokens, pairs, head_dim):
     assert not blocks.turns or blocks.groups == 2, "two take turns"
 
 
-def joined_attention(query, cached: Cached, key, value, scale):
+def joined_attention(query, cached: Cached, key, value, scale, lengths=None):
     """Do what the kernel does, with what is joined."""
     slots = [slot for first, length in cached.spans for slot in range(first, first + length)]
     keys, values = (
         jnp.concatenate([buffer[cached.layer][:, np.array(slots, int)], own], axis=1)
         for buffer, own in ((cached.keys, key), (cached.values, value))
     )
-    logits = jnp.einsum("rthd,rshd->rths", query, keys, precision="highest")
-    sums = jax.nn.logsumexp(scale * logits, axis=-1)
-    return attend(query, keys, values, scale, "xla"), sums
+    logits = scale * jnp.einsum("rthd,rshd->rths", query, keys, precision="highest")
+    if lengths is not None:
+        counts = jnp.arange(len(slots))[None, None] < lengths[..., None]
+        counts = jnp.pad(counts, ((0, 0), (0, 0), (0, key.shape[1])), constant_values=True)
+        logits = jnp.where(counts[:, None], logits, -jnp.inf)
+    sums = jax.nn.logsumexp(logits, axis=-1)
+    weights = jnp.exp(logits - sums[..., None])
+    return jnp.einsum("rths,rshd->rthd", weights, values, precision="highest"), sums
 
 
 @pytest.mark.parametrize(
@@ -135,11 +145,14 @@ def joined_attention(query, cached: Cached, key, value, scale):
         (Window(7), None),
         (H2O(6), None),
         (ScaleKV(5), "int8"),
+        (Heads(4, protected=1), None),
+        (HeatKV(0.6, protected=1), "int8"),
     ],
 )
 @pytest.mark.usefixtures("quickly_compiled")
 def test_what_is_drawn_is_the_same(monkeypatch, policy, cache_dtype):
-    model, plan = VARModel(CONFIG, TOKENIZER), policy.plan(CONFIG.cache_shape)
+    statistics = random_stats(0, SCHEDULE, CONFIG.depth, CONFIG.num_heads)
+    model, plan = VARModel(CONFIG, TOKENIZER), policy.plan(CONFIG.cache_shape, statistics)
     params = {"transformer": recipe_params(CONFIG), "tokenizer": recipe_params(TOKENIZER)}
     labels, keys = jnp.array([0, 3]), picture_keys(jax.random.key(0), 2)
 
@@ -153,8 +166,9 @@ def test_what_is_drawn_is_the_same(monkeypatch, policy, cache_dtype):
         seen.append(cached.spans)
         return joined_attention(query, cached, *rest)
 
-    monkeypatch.setattr(store, "reads_cache", lambda query, implementation: True)
-    monkeypatch.setattr(store, "attend_to_cache", attend_to_cache)
+    for module in (store, heads):
+        monkeypatch.setattr(module, "reads_cache", lambda query, implementation: True)
+        monkeypatch.setattr(module, "attend_to_cache", attend_to_cache)
     np.testing.assert_array_equal(draw("auto"), expected)
     assert any(seen), "something cached was attended to"
 

@@ -1,9 +1,9 @@
 """Slots of layers whose heads keep different tokens: flat buffers for all heads of all layers.
 
 A step gathers the tokens of every head, pads them to the head that holds most, of all layers, and
-attends once: where heads of a layer hold different numbers of tokens, they are folded into the
-batch with a length each. Layers differ in tables alone, and so do devices which share the heads:
-one program serves all of them (``head_tables``).
+attends once, with a length for each: where own tokens must be joined to them, and heads of a layer
+hold different numbers, heads are folded into the batch. Layers differ in tables alone, and so do
+devices which share the heads: one program serves all of them (``head_tables``).
 
 A slot holds key and value together, so that they are gathered, coded and written as one.
 """
@@ -17,7 +17,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from amskv_jax.attention import QKV, Implementation, attend
+from amskv_jax.attention import (
+    QKV,
+    Cached,
+    Implementation,
+    attend,
+    attend_to_cache,
+    reads_cache,
+)
 from amskv_jax.cache.head_tables import HeadTables, Reading
 from amskv_jax.cache.sequences import looked_up
 from amskv_jax.cache.store import LayerIndex, Store, empty, joined, later
@@ -81,15 +88,55 @@ class HeadSlots:
         implementation: Implementation,
     ) -> tuple[jax.Array, tuple[Any, ...]]:
         """See ``store.Slots``."""
-        rows, length, heads, _ = qkv[0].shape
         reading, place = self.tables.reading[step], self._place(cache, layer)
+        if reads_cache(qkv[0], implementation):
+            output = self._attend_apart(cache, place, reading, qkv, scale)
+        else:
+            output = self._attend_joined(cache, place, reading, qkv, scale, implementation)
+        return output, self._written(cache, place, step, qkv, output)
+
+    def _attend_apart(
+        self,
+        cache: tuple[Any, ...],
+        place: "_Place",
+        reading: Reading,
+        qkv: QKV,
+        scale: float,
+    ) -> jax.Array:
+        """Attend to what heads hold and to own tokens, which are not joined."""
+        query, key, value = qkv
+        rows, _, heads, head_dim = key.shape
+        lengths = None
+        if not reading.equal:
+            own = looked_up(reading.lengths, place.row)
+            lengths = jnp.broadcast_to(own[None], (rows, heads))
+        held = jnp.zeros((rows, 0, heads, 2, head_dim), key.dtype)
+        if reading.longest:
+            held = self._held(cache, place, reading, key, reading.slots.at(place.row).T)
+        spans = ((0, reading.longest),) if reading.longest else ()
+        cached = Cached(held[None, ..., 0, :], held[None, ..., 1, :], jnp.int32(0), spans)
+        return attend_to_cache(query, cached, key, value, scale, lengths)[0]
+
+    def _attend_joined(
+        self,
+        cache: tuple[Any, ...],
+        place: "_Place",
+        reading: Reading,
+        qkv: QKV,
+        scale: float,
+        implementation: Implementation,
+    ) -> jax.Array:
+        """Attend to what heads hold and to own tokens, joined and padded to the longest."""
+        rows, length, heads, _ = qkv[0].shape
         lengths = None
         if not reading.equal:
             lengths = looked_up(reading.lengths, place.row) + length
             lengths = jnp.full(rows, lengths[0]) if reading.even else jnp.tile(lengths, rows)
         query, key, value = qkv if reading.even else map(_folded, qkv)
         if reading.longest:
-            held = self._held(cache, place, reading, key)
+            slots = reading.slots.at(place.row)
+            slots = slots.T if reading.even else slots
+            held = self._held(cache, place, reading, key, slots)
             held = held.reshape(len(key), -1, key.shape[2], 2, key.shape[3])
             # The own tokens come first, so that padding comes last.
             key, value = (
@@ -98,7 +145,7 @@ class HeadSlots:
         output = attend(query, key, value, scale, implementation, lengths)
         if not reading.even:
             output = jnp.swapaxes(output.reshape(rows, heads, length, -1), 1, 2)
-        return output, self._written(cache, place, step, qkv, output)
+        return output
 
     def _place(self, cache: tuple[Any, ...], layer: LayerIndex) -> "_Place":
         """Return the place of a layer, of one part of the batch if this is taken in parts."""
@@ -109,17 +156,26 @@ class HeadSlots:
         return _Place(device * self.tables.layers + layer, part, parts)
 
     def _held(
-        self, cache: tuple[Any, ...], place: "_Place", reading: Reading, like: jax.Array
+        self,
+        cache: tuple[Any, ...],
+        place: "_Place",
+        reading: Reading,
+        like: jax.Array,
+        slots: jax.Array,
     ) -> jax.Array:
-        """Return the keys and values of every head's tokens, from the buffers in which they are.
+        """Return keys and values of tokens, from the buffers in which they are.
+
+        Args:
+          cache: the buffers.
+          place: the layer.
+          reading: of the step.
+          like: an array of the type that is wanted.
+          slots: of the tokens, [a, b] int32.
 
         Returns:
-          [rows, longest, heads, 2, head_dim], or [rows, heads, longest, 2, head_dim] if the heads
-          are uneven.
+          [rows, a, b, 2, head_dim].
         """
         capacities = self.tables.capacities
-        slots = reading.slots.at(place.row)
-        slots = slots.T if reading.even else slots
         found: jax.Array | None = None
         for index in reading.buffers:
             kinds = jax.eval_shape(self.numbers[index].encode, like)

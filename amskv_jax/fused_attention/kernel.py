@@ -31,6 +31,9 @@ from amskv_jax.fused_attention.blocks import (
     steps_of,
 )
 
+LEAST = -1e30
+"""What the largest logit is before there is one. The first block may have none that counts, and
+exponentials of minus infinity less itself would be no numbers."""
 REGISTERS = {2: (232, 40), 3: (152, 40)}
 """Attending warpgroups -> registers that each of their threads, and of those that copy, gets."""
 
@@ -43,6 +46,7 @@ def fused_attention(
     layer: jax.Array,
     key: jax.Array,
     value: jax.Array,
+    lengths: jax.Array | None = None,
     *,
     spans: Spans,
     scale: float,
@@ -58,6 +62,8 @@ def fused_attention(
       layer: which of its layers is read, int32 scalar.
       key: of the own tokens, [rows, S, heads, head_dim] bfloat16.
       value: likewise.
+      lengths: how many tokens of the only span count, from its first on, for every batch row and
+        head, [rows, heads] int32; None for all of all spans.
       spans: slots of the buffer which are read; what lies in others must be finite.
       scale: factor of the logits.
       blocks: how the work is cut; by default what ``blocks_for`` finds.
@@ -77,9 +83,13 @@ def fused_attention(
     to_log2 = scale * math.log2(math.e)
     steps = steps_of(spans, key.shape[1], cut.keys)
     per_unit = sum(step.rounds or 1 for step in steps)
+    ragged = lengths is not None
+    if lengths is None:
+        lengths = jnp.zeros((1, 1), jnp.int32)
 
     def attention_kernel(
         layer_ref: Any,
+        lengths_ref: Any,
         query_ref: Any,
         keys_ref: Any,
         values_ref: Any,
@@ -190,14 +200,19 @@ def fused_attention(
                 plgpu.barrier_arrive(key_emptied.at[slot])
                 if step is steps[-1] and not single:
                     pl.when(unit + 1 < unit_count)(lambda: load_queries(unit + 1))
-                if step.valid is not None:
+                of_cache = ragged and step.source == 0
+                if of_cache or step.valid is not None:
                     position = plgpu.broadcasted_iota(
                         jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA
                     )
                     # Plus a zero that the compiler does not know: it would compute the mask once
                     # for all units, and hold it in more registers than there are.
                     unknown = 0 if single else lax.shift_right_logical(number, jnp.int32(30))
-                    logits = jnp.where(position < step.valid + unknown, logits, -jnp.inf)
+                    end = step.valid or step.width
+                    if of_cache:
+                        row, own_head, _ = place(unit, head)
+                        end = lengths_ref[row, own_head] + spans[0][0] - first
+                    logits = jnp.where(position < end + unknown, logits, -jnp.inf)
                 larger = jnp.maximum(most, logits.max(axis=1) * to_log2)
                 weights = jnp.exp2(logits * to_log2 - lax.broadcast_in_dim(larger, shape, [0]))
                 shrunk = jnp.exp2(most - larger)
@@ -227,7 +242,7 @@ def fused_attention(
                 of_queries = plgpu.Layout.WGMMA.reduce(1)
                 carry = (
                     tuple(_full((QUERIES, WIDTH), 0, plgpu.Layout.WGMMA) for _ in range(halves)),
-                    _full((QUERIES,), -jnp.inf, of_queries),
+                    _full((QUERIES,), LEAST, of_queries),
                     _full((QUERIES,), 0, of_queries),
                 )
                 number, (sums, most, total) = over_steps(partial(visit, unit), number, carry)
@@ -341,7 +356,7 @@ def fused_attention(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
         interpret=interpret,
-    )(jnp.reshape(layer, (1,)).astype(jnp.int32), query, keys, values, key, value)
+    )(jnp.reshape(layer, (1,)).astype(jnp.int32), lengths, query, keys, values, key, value)
     return output, jnp.swapaxes(sums[:, :, :tokens], 1, 2)
 
 
