@@ -116,7 +116,7 @@ def attend(
     """
     if lengths is None and reads_cache(query, implementation):
         nothing = Cached(key[None], value[None], jnp.int32(0), ())
-        return attend_to_cache(query, nothing, key, value, scale)[0]
+        return attend_to_cache(query, key, value, nothing, scale)[0]
     if choose_implementation(implementation, query.dtype, query.shape[-1]) != "xla":
         return jax.nn.dot_product_attention(
             query,
@@ -152,9 +152,9 @@ def reads_cache(query: jax.Array, implementation: Implementation) -> bool:
 
 def attend_to_cache(
     query: jax.Array,
-    cached: Cached,
     key: jax.Array,
     value: jax.Array,
+    cached: Cached,
     scale: float,
     lengths: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -162,9 +162,9 @@ def attend_to_cache(
 
     Args:
       query: [rows, T, heads, head_dim].
-      cached: of the same dtype.
       key: of the own tokens, [rows, S, heads, head_dim].
       value: like ``key``.
+      cached: of the same dtype.
       scale: factor of the logits.
       lengths: how many tokens of the only span count, from its first on, for every batch row and
         head, [rows, heads] int32; None for all of all spans.
@@ -178,6 +178,27 @@ def attend_to_cache(
 
     buffers = cached.keys, cached.values, cached.layer
     return fused_attention(query, *buffers, key, value, lengths, spans=cached.spans, scale=scale)
+
+
+def mass_on_cache(
+    query: jax.Array, key: jax.Array, cached: Cached, sums: jax.Array, scale: float
+) -> jax.Array:
+    """Return the attention probability that every key receives, summed over the queries.
+
+    Args:
+      query: see ``attend_to_cache``.
+      key: likewise.
+      cached: likewise.
+      sums: what it returned besides the output.
+      scale: factor of the logits.
+
+    Returns:
+      [rows, heads, tokens] float32, cached tokens and then own ones.
+    """
+    from amskv_jax.fused_attention.mass import fused_mass  # noqa: PLC0415
+
+    buffer = cached.keys, cached.layer
+    return fused_mass(query, *buffer, key, sums, spans=cached.spans, scale=scale)
 
 
 def attend_block_causal(

@@ -120,7 +120,7 @@ def test_blocks_fit_a_processor(tokens, pairs, head_dim):
     assert not blocks.turns or blocks.groups == 2, "two take turns"
 
 
-def joined_attention(query, cached: Cached, key, value, scale, lengths=None):
+def joined_attention(query, key, value, cached: Cached, scale, lengths=None):
     """Do what the kernel does, with what is joined."""
     slots = [slot for first, length in cached.spans for slot in range(first, first + length)]
     keys, values = (
@@ -162,13 +162,20 @@ def test_what_is_drawn_is_the_same(monkeypatch, policy, cache_dtype):
 
     expected, seen = draw("xla"), []
 
-    def attend_to_cache(query, cached, *rest):
+    def attend_to_cache(query, key, value, cached, *rest):
         seen.append(cached.spans)
-        return joined_attention(query, cached, *rest)
+        return joined_attention(query, key, value, cached, *rest)
+
+    def mass_on_cache(query, key, cached, sums, scale):
+        slots = [slot for first, length in cached.spans for slot in range(first, first + length)]
+        keys = cached.keys[cached.layer][:, np.array(slots, int)]
+        logits = jnp.einsum("rthd,rshd->rhts", query, jnp.concatenate([keys, key], axis=1))
+        return jnp.exp(scale * logits - sums.swapaxes(1, 2)[..., None]).sum(2)
 
     for module in (store, heads):
         monkeypatch.setattr(module, "reads_cache", lambda query, implementation: True)
         monkeypatch.setattr(module, "attend_to_cache", attend_to_cache)
+    monkeypatch.setattr(store, "mass_on_cache", mass_on_cache)
     np.testing.assert_array_equal(draw("auto"), expected)
     assert any(seen), "something cached was attended to"
 

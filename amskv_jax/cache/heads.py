@@ -115,7 +115,7 @@ class HeadSlots:
             held = self._held(cache, place, reading, key, reading.slots.at(place.row).T)
         spans = ((0, reading.longest),) if reading.longest else ()
         cached = Cached(held[None, ..., 0, :], held[None, ..., 1, :], jnp.int32(0), spans)
-        return attend_to_cache(query, cached, key, value, scale, lengths)[0]
+        return attend_to_cache(query, key, value, cached, scale, lengths)[0]
 
     def _attend_joined(
         self,

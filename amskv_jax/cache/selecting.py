@@ -88,15 +88,16 @@ class SelectingSlots:
         query, key, value = qkv
         held = self.counts[step]
         spans = ((0, held),) if held else ()
-        output, normalizer = self.store.attend(
-            cache.tokens, layer, spans, qkv, scale, implementation
-        )
+        output, sums = self.store.attend(cache.tokens, layer, spans, qkv, scale, implementation)
         if step + 1 == len(self.counts) or self.counts[step + 1] == 0:
             return output, cache
 
         cached = read(cache.tokens, layer, 0, held)
         keys, _ = self.store.with_own([cached], key, value)
-        rank = partial(self.selector.rank, query, keys, scale, self.grids[step], normalizer)
+        mass = None
+        if sums is not None and self.selector.accumulates:
+            mass = self.store.mass(cache.tokens, layer, spans, qkv, sums, scale)
+        rank = partial(self.selector.rank, query, keys, scale, self.grids[step], mass)
         chosen, scores = self._choose(cache.scores, layer, step, rank)
         own = self.store.encode(key, value)
         if chosen is not None:

@@ -21,6 +21,7 @@ from amskv_jax.attention import (
     Implementation,
     attend,
     attend_to_cache,
+    mass_on_cache,
     reads_cache,
 )
 from amskv_jax.fused_attention.blocks import Spans
@@ -92,18 +93,40 @@ class Store:
           every query's logits, [rows, T, heads] float32, where the back end tells it.
         """
         query, key, value = qkv
-        if not reads_cache(query, implementation):
-            parts = [read(cache, layer, *span) for span in spans]
-            keys, values = self.with_own(parts, key, value)
-            return attend(query, keys, values, scale, implementation), None
+        if reads_cache(query, implementation):
+            return attend_to_cache(*qkv, self._cached(cache, layer, spans, qkv), scale)
+        parts = [read(cache, layer, *span) for span in spans]
+        keys, values = self.with_own(parts, key, value)
+        return attend(query, keys, values, scale, implementation), None
+
+    def mass(
+        self,
+        cache: KVCache,
+        layer: LayerIndex,
+        spans: Spans,
+        qkv: QKV,
+        sums: jax.Array,
+        scale: float,
+    ) -> jax.Array:
+        """Return the attention probability that every token receives, summed over the queries.
+
+        Args are those of ``attend``, and what it returned besides the output.
+
+        Returns:
+          [rows, heads, S] float32, cached tokens and then own ones.
+        """
+        return mass_on_cache(*qkv[:2], self._cached(cache, layer, spans, qkv), sums, scale)
+
+    def _cached(self, cache: KVCache, layer: LayerIndex, spans: Spans, qkv: QKV) -> Cached:
+        """Return what attention reads: the buffers, or what their codes decode to."""
+        _, key, value = qkv
         if self.numbers == Plain(str(key.dtype)):
-            cached = Cached(cache.keys, cache.values, jnp.asarray(layer, jnp.int32), spans)
-        else:
-            parts = [self.decode(read(cache, layer, *span), key.dtype) for span in spans]
-            parts = parts or [(key[:, :0], value[:, :0])]
-            keys, values = (joined(kind)[None] for kind in zip(*parts, strict=True))
-            cached = Cached(keys, values, jnp.int32(0), ((0, keys.shape[2]),))
-        return attend_to_cache(query, cached, key, value, scale)
+            return Cached(cache.keys, cache.values, jnp.asarray(layer, jnp.int32), spans)
+        parts = [self.decode(read(cache, layer, *span), key.dtype) for span in spans]
+        if not parts:
+            return Cached(key[None], value[None], jnp.int32(0), ())
+        keys, values = (joined(kind)[None] for kind in zip(*parts, strict=True))
+        return Cached(keys, values, jnp.int32(0), ((0, keys.shape[2]),))
 
     def with_own(
         self, parts: Sequence[KVCache], key: jax.Array, value: jax.Array

@@ -16,9 +16,6 @@ from amskv_jax.errors import AmskvError, UsageError
 
 Mode = Literal["paper", "reference"]
 
-Queries = tuple[jax.Array, jax.Array | None]
-"""Queries [..., T, heads, head_dim], and what is known of their softmax, [..., T, heads]."""
-
 PROBABILITY_BYTES = 2**25
 """Most bytes of float32 attention probabilities that are held at once: what a large GPU's cache
 holds, as they are read more than once."""
@@ -28,7 +25,8 @@ class Selector(Protocol):
     """Ranks tokens; a frozen, hashable dataclass whose fields are its options.
 
     Attributes:
-      accumulates: whether it carries a score per token from step to step, in the cache.
+      accumulates: whether it ranks by the attention that tokens receive of all queries, and carries
+        a score per token from step to step, in the cache.
     """
 
     accumulates: ClassVar[bool]
@@ -43,7 +41,7 @@ class Selector(Protocol):
         key: jax.Array,
         scale: float,
         grid: tuple[int, int],
-        normalizer: jax.Array | None,
+        mass: jax.Array | None,
         scores: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array | None]:
         """Rank all tokens at hand after one step.
@@ -53,7 +51,7 @@ class Selector(Protocol):
           key: cached and own, [rows, S, heads, head_dim], the step's own being the last T.
           scale: factor of the attention logits.
           grid: (height, width) of the step's map; T is their product.
-          normalizer: what attention says of its softmax, see ``attention_mass``.
+          mass: what ``attention_mass`` returns, if it is known already.
           scores: of the cached tokens, [rows, heads, S - T]; None unless the selector accumulates.
 
         Returns:
@@ -129,15 +127,14 @@ class WindowScores:
         key: jax.Array,
         scale: float,
         grid: tuple[int, int],
-        normalizer: jax.Array | None,
+        mass: jax.Array | None,
         scores: jax.Array | None,
     ) -> tuple[jax.Array, None]:
         """See ``Selector.rank``; the window ranks at infinity."""
         positions = self.positions(grid)
         observing = query[:, positions]
         if self.mode == "paper":
-            known = None if normalizer is None else normalizer[:, positions]
-            found = attention_mass(observing, key, scale, known)
+            found = attention_mass(observing, key, scale)
         else:
             found = _logits(observing, key).sum(2) / math.sqrt(query.shape[-1])
         inside = np.zeros(key.shape[1], bool)
@@ -188,11 +185,11 @@ class HeavyHitters:
         key: jax.Array,
         scale: float,
         grid: tuple[int, int],
-        normalizer: jax.Array | None,
+        mass: jax.Array | None,
         scores: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array]:
         """See ``Selector.rank``; recent tokens rank at infinity."""
-        found = attention_mass(query, key, scale, normalizer)
+        found = attention_mass(query, key, scale) if mass is None else mass
         if scores is not None:
             found += jnp.pad(scores, ((0, 0), (0, 0), (0, query.shape[1])))
         recent = np.arange(key.shape[1]) >= key.shape[1] - self.recent
@@ -220,11 +217,7 @@ def best(rank: jax.Array, count: int) -> jax.Array:
 
 
 def attention_mass(
-    query: jax.Array,
-    key: jax.Array,
-    scale: float,
-    normalizer: jax.Array | None = None,
-    limit: int = PROBABILITY_BYTES,
+    query: jax.Array, key: jax.Array, scale: float, limit: int = PROBABILITY_BYTES
 ) -> jax.Array:
     """Return the attention probability that every key receives, summed over the queries.
 
@@ -235,8 +228,6 @@ def attention_mass(
       query: [rows, T, heads, head_dim].
       key: [rows, S, heads, head_dim].
       scale: factor of the logits.
-      normalizer: the logarithm of the sum of exponentials of every query's logits, [rows, T, heads]
-        float32, which spares two passes over them; None where it is not known.
       limit: most bytes of float32 probabilities held at once (but at least one query's).
 
     Returns:
@@ -245,31 +236,23 @@ def attention_mass(
     _, length, heads, _ = query.shape
     most = max(1, limit // (heads * key.shape[1] * 4))  # queries at once
 
-    def mass(queries: Queries, keys: jax.Array) -> jax.Array:
-        own, known = queries
-        logits = scale * _logits(own, keys)
-        sums = jax.nn.logsumexp(logits, axis=-1) if known is None else jnp.swapaxes(known, -1, -2)
-        return jnp.exp(logits - sums[..., None]).sum(-2)
+    def mass(queries: jax.Array, keys: jax.Array) -> jax.Array:
+        logits = scale * _logits(queries, keys)
+        return jnp.exp(logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)).sum(-2)
 
-    def of_row(row: tuple[Queries, jax.Array]) -> jax.Array:
+    def of_row(row: tuple[jax.Array, jax.Array]) -> jax.Array:
         queries, keys = row
         if most >= length:
             return mass(queries, keys)
         whole = length // most * most
-        parts = jax.tree.map(lambda x: x[:whole].reshape(-1, most, *x.shape[1:]), queries)
         total, _ = lax.scan(
             lambda total, part: (total + mass(part, keys), None),
             jnp.zeros((heads, len(keys)), jnp.float32),
-            parts,
+            queries[:whole].reshape(-1, most, *queries.shape[1:]),
         )
-        rest = jax.tree.map(lambda x: x[whole:], queries)
-        return total + mass(rest, keys) if whole < length else total
+        return total + mass(queries[whole:], keys) if whole < length else total
 
-    rows = len(query)
-    size = max(1, most // length)
-    # Of equal size, or the rest would be a program of its own.
-    size = max(divisor for divisor in range(1, min(size, rows) + 1) if rows % divisor == 0)
-    return lax.map(of_row, ((query, normalizer), key), batch_size=size)
+    return lax.map(of_row, (query, key), batch_size=max(1, most // length))
 
 
 def _logits(query: jax.Array, key: jax.Array) -> jax.Array:

@@ -23,7 +23,7 @@ DECODER = "decode"
 """What the name of a decoder's program has in it, see ``decode.decode_pixels``."""
 
 _PATTERNS = (
-    ("attention", r"sdpa|flash|fmha|attention"),
+    ("attention", r"sdpa|flash|fmha|attention|mass_kernel"),
     ("sorting", r"sort|radix|top_?k"),
     (
         "products",
