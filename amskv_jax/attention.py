@@ -21,9 +21,10 @@ QKV = tuple[jax.Array, jax.Array, jax.Array]
 Attention = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 """Maps queries, keys and values [rows, T, heads, head_dim] to the output and a carry."""
 
-LEAST_QUERIES = 2**17
+LEAST_QUERIES = 2**18
 """Queries of all heads and rows from which the kernel of "mosaic" is used. It is faster for fewer,
-but every size is a program of its own, which takes a second or two to compile."""
+but every size is a program of its own, which takes a second or two to compile and most of one to
+trace."""
 
 LOGITS_BYTES, CPU_LOGITS_BYTES = 2**30, 2**22
 """Most bytes of float32 logits the XLA back end holds at once; more are computed in turn. On CPUs,
@@ -54,7 +55,9 @@ def choose_implementation(
     "auto" is, on Hopper GPUs and for bfloat16 heads of 64 or 128 channels, "mosaic", a kernel that
     reads the cache where it lies; else cuDNN's flash attention on NVIDIA GPUs that have it (compute
     capability 8.0, half precision, heads of at most 128 channels in steps of 8), and exact XLA
-    everywhere else. "mosaic" leaves to cuDNN what it does not do.
+    everywhere else. "mosaic" leaves to cuDNN what it does not do. Where it is asked for by name, it
+    also does what was not tried on a GPU yet: attention of heads that hold different numbers of
+    tokens, and H2O's sums.
 
     Raises:
       UsageError: if the name is unknown, or "mosaic" is asked for where it does not run.

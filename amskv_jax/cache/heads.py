@@ -89,7 +89,7 @@ class HeadSlots:
     ) -> tuple[jax.Array, tuple[Any, ...]]:
         """See ``store.Slots``."""
         reading, place = self.tables.reading[step], self._place(cache, layer)
-        if reads_cache(qkv[0], implementation):
+        if implementation == "mosaic" and reads_cache(qkv[0], implementation):
             output = self._attend_apart(cache, place, reading, qkv, scale)
         else:
             output = self._attend_joined(cache, place, reading, qkv, scale, implementation)

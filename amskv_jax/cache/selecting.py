@@ -15,7 +15,7 @@ from flax import struct
 from amskv_jax.attention import QKV, Implementation
 from amskv_jax.cache.store import KVCache, Store, after, read, take, write
 from amskv_jax.plan.runtime_rows import SelectingRow
-from amskv_jax.plan.selectors import Selector, best
+from amskv_jax.plan.selectors import Selector, attention_mass, best
 from amskv_jax.schedule import ScaleSchedule
 
 
@@ -95,8 +95,10 @@ class SelectingSlots:
         cached = read(cache.tokens, layer, 0, held)
         keys, _ = self.store.with_own([cached], key, value)
         mass = None
-        if sums is not None and self.selector.accumulates:
+        if self.selector.accumulates and implementation == "mosaic" and sums is not None:
             mass = self.store.mass(cache.tokens, layer, spans, qkv, sums, scale)
+        elif self.selector.accumulates:
+            mass = attention_mass(query, keys, scale, sums)
         rank = partial(self.selector.rank, query, keys, scale, self.grids[step], mass)
         chosen, scores = self._choose(cache.scores, layer, step, rank)
         own = self.store.encode(key, value)

@@ -16,6 +16,9 @@ from amskv_jax.errors import AmskvError, UsageError
 
 Mode = Literal["paper", "reference"]
 
+Queries = tuple[jax.Array, jax.Array | None]
+"""Queries [..., T, heads, head_dim], and the sums of their softmax [..., T, heads], if known."""
+
 PROBABILITY_BYTES = 2**25
 """Most bytes of float32 attention probabilities that are held at once: what a large GPU's cache
 holds, as they are read more than once."""
@@ -51,7 +54,7 @@ class Selector(Protocol):
           key: cached and own, [rows, S, heads, head_dim], the step's own being the last T.
           scale: factor of the attention logits.
           grid: (height, width) of the step's map; T is their product.
-          mass: what ``attention_mass`` returns, if it is known already.
+          mass: what ``attention_mass`` returns; None unless the selector accumulates.
           scores: of the cached tokens, [rows, heads, S - T]; None unless the selector accumulates.
 
         Returns:
@@ -189,7 +192,8 @@ class HeavyHitters:
         scores: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array]:
         """See ``Selector.rank``; recent tokens rank at infinity."""
-        found = attention_mass(query, key, scale) if mass is None else mass
+        assert mass is not None, "it ranks by the attention of all queries"
+        found = mass
         if scores is not None:
             found += jnp.pad(scores, ((0, 0), (0, 0), (0, query.shape[1])))
         recent = np.arange(key.shape[1]) >= key.shape[1] - self.recent
@@ -217,7 +221,11 @@ def best(rank: jax.Array, count: int) -> jax.Array:
 
 
 def attention_mass(
-    query: jax.Array, key: jax.Array, scale: float, limit: int = PROBABILITY_BYTES
+    query: jax.Array,
+    key: jax.Array,
+    scale: float,
+    sums: jax.Array | None = None,
+    limit: int = PROBABILITY_BYTES,
 ) -> jax.Array:
     """Return the attention probability that every key receives, summed over the queries.
 
@@ -228,6 +236,8 @@ def attention_mass(
       query: [rows, T, heads, head_dim].
       key: [rows, S, heads, head_dim].
       scale: factor of the logits.
+      sums: the logarithm of the sum of exponentials of every query's logits, [rows, T, heads]
+        float32, which spares two passes over them; None where it is not known.
       limit: most bytes of float32 probabilities held at once (but at least one query's).
 
     Returns:
@@ -236,23 +246,30 @@ def attention_mass(
     _, length, heads, _ = query.shape
     most = max(1, limit // (heads * key.shape[1] * 4))  # queries at once
 
-    def mass(queries: jax.Array, keys: jax.Array) -> jax.Array:
-        logits = scale * _logits(queries, keys)
-        return jnp.exp(logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)).sum(-2)
+    def mass(queries: Queries, keys: jax.Array) -> jax.Array:
+        own, known = queries
+        logits = scale * _logits(own, keys)
+        total = jax.nn.logsumexp(logits, axis=-1) if known is None else known.swapaxes(-1, -2)
+        return jnp.exp(logits - total[..., None]).sum(-2)
 
-    def of_row(row: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def of_row(row: tuple[Queries, jax.Array]) -> jax.Array:
         queries, keys = row
         if most >= length:
             return mass(queries, keys)
         whole = length // most * most
+        parts = jax.tree.map(lambda x: x[:whole].reshape(-1, most, *x.shape[1:]), queries)
         total, _ = lax.scan(
             lambda total, part: (total + mass(part, keys), None),
             jnp.zeros((heads, len(keys)), jnp.float32),
-            queries[:whole].reshape(-1, most, *queries.shape[1:]),
+            parts,
         )
-        return total + mass(queries[whole:], keys) if whole < length else total
+        rest = jax.tree.map(lambda x: x[whole:], queries)
+        return total + mass(rest, keys) if whole < length else total
 
-    return lax.map(of_row, (query, key), batch_size=max(1, most // length))
+    # Parts of equal size, or the rest would be a program of its own.
+    most_rows, rows = max(1, most // length), len(query)
+    size = max(part for part in range(1, min(most_rows, rows) + 1) if rows % part == 0)
+    return lax.map(of_row, ((query, sums), key), batch_size=size)
 
 
 def _logits(query: jax.Array, key: jax.Array) -> jax.Array:
