@@ -84,13 +84,11 @@ class BlockDense(nn.Module):
             y = float8_product(x, kept).astype(self.dtype)
         else:
             init, shape = nn.initializers.lecun_normal(), (x.shape[-1], self.features)
-            kernel = (
-                kept.copied()
-                if isinstance(kept, StackedWeight)
-                else self.param("kernel", init, shape).astype(self.dtype)
-            )
+            stacked = isinstance(kept, StackedWeight)
+            kernel = kept.copied() if stacked else self.param("kernel", init, shape)
             dimensions = (((x.ndim - 1,), (0,)), ((), ()))
-            y = lax.dot_general(x, kernel, dimensions, precision=precision_of(self.dtype))
+            precision = precision_of(self.dtype)
+            y = lax.dot_general(x, kernel.astype(self.dtype), dimensions, precision=precision)
         y = summed(y) if self.is_shared else y
         y += per_channel(bias, y)
         return nn.gelu(y, approximate=True) if self.gelu else y
