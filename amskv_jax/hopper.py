@@ -11,6 +11,15 @@ VERSIONS = (0, 11), (0, 13)
 is experimental, and changes."""
 
 
+PROCESSORS = 132
+"""Streaming multiprocessors of an H100 (SXM) or H200."""
+
+
+def processors() -> int:
+    """Return the default device's streaming multiprocessors; an H100's where it does not say."""
+    return int(getattr(jax.devices()[0], "core_count", PROCESSORS))
+
+
 def has_mosaic() -> bool:
     """Return whether the default device, and this version of JAX, can run kernels for Hopper."""
     device: Any = jax.devices()[0]

@@ -53,7 +53,7 @@ def test_kernel_attends_to_cache_and_own_tokens(monkeypatch, case):
     from amskv_jax.fused_attention import kernel
 
     rows, heads, head_dim, spans, lengths, tokens, capacity, blocks, processors = case
-    monkeypatch.setattr(kernel, "PROCESSORS", processors)
+    monkeypatch.setattr(kernel, "processors", lambda: processors)
     own = (rows, tokens, heads, head_dim)
     buffer = (3, rows, capacity, heads, head_dim)
     query, keys, values, key, value = (

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-PROCESSORS = 132
-"""Streaming multiprocessors of an H100 (SXM) or H200; others of its kind are served by it too."""
+from amskv_jax.hopper import processors
+
 QUERIES = 64
 """Of a warpgroup: the rows which an instruction of the tensor cores takes."""
 WIDTH = 64
@@ -51,7 +51,7 @@ def blocks_for(tokens: int, pairs: int, head_dim: int) -> Blocks:
     if head_dim > WIDTH:  # registers are too few for what a second unit needs
         return Blocks(min(queries, 2), 1, 128, 2, turns=queries > 1, in_turn=False)
     if queries == 1:
-        heads = 3 if pairs % 3 == 0 and pairs >= 3 * PROCESSORS else 1
+        heads = 3 if pairs % 3 == 0 and pairs >= 3 * processors() else 1
         return Blocks(1, heads, 64, 3)
     return Blocks(3, 1, 128, 3) if queries == 3 else Blocks(2, 1, 128, 4, turns=True)
 

@@ -21,7 +21,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from amskv_jax.fused_attention.blocks import (
-    PROCESSORS,
     QUERIES,
     WIDTH,
     Blocks,
@@ -30,6 +29,7 @@ from amskv_jax.fused_attention.blocks import (
     blocks_for,
     steps_of,
 )
+from amskv_jax.hopper import processors
 
 LEAST = -1e30
 """What the largest logit is before there is one. The first block may have none that counts, and
@@ -78,7 +78,7 @@ def fused_attention(
     halves = head_dim // WIDTH
     parts = -(-tokens // (QUERIES * cut.queries))  # of a head's queries
     units = rows * heads // cut.heads * parts
-    running = min(PROCESSORS, units) if cut.in_turn else units
+    running = min(processors(), units) if cut.in_turn else units
     single = running == units
     to_log2 = scale * math.log2(math.e)
     steps = steps_of(spans, key.shape[1], cut.keys)

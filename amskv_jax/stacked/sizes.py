@@ -1,13 +1,13 @@
 """How a product with stacked weights is shared out over a GPU."""
 
+from amskv_jax.hopper import processors
+
 GRANULE = 64
 """Channels of a tile, in both directions."""
 SIZES = 32, 128
 """Numbers of tokens that there are kernels for; fewer are padded."""
 CHUNK = 64
 """Most tokens that are written at once."""
-PROCESSORS = 132
-"""Streaming multiprocessors of an H100 (SXM) or H200; others of its kind are served by it too."""
 SHARED_BYTES = 224 * 1024
 """Shared memory for a thread block's tiles: a processor's, but for some that barriers take."""
 
@@ -25,7 +25,7 @@ def splits_for(inputs: int, outputs: int) -> int:
     return max(
         splits
         for splits in (1, 2, 4, 8)
-        if splits == 1 or (blocks * splits <= PROCESSORS and steps // splits >= 4)
+        if splits == 1 or (blocks * splits <= processors() and steps // splits >= 4)
     )
 
 
