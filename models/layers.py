@@ -75,20 +75,22 @@ class BlockDense(nn.Module):
     def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
         """Map [..., in] to [..., features]; a bias [features] that is given is no parameter."""
         kept: Any = self.get_variable("params", "kernel")
+        if not isinstance(kept, Float8Weight | StackedWeight):
+            init, shape = nn.initializers.lecun_normal(), (x.shape[-1], self.features)
+            kept = self.param("kernel", init, shape)
         if bias is None:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
         bias, x = bias.astype(self.dtype), x.astype(self.dtype)
-        if isinstance(kept, StackedWeight) and kept.pays(x) and shards() == 1:
-            return kept.product(x, bias, self.gelu)
+        if isinstance(kept, StackedWeight):
+            if kept.pays(x) and shards() == 1:
+                return kept.product(x, bias, self.gelu)
+            kept = kept.copied()
         if isinstance(kept, Float8Weight):
             y = float8_product(x, kept).astype(self.dtype)
         else:
-            init, shape = nn.initializers.lecun_normal(), (x.shape[-1], self.features)
-            stacked = isinstance(kept, StackedWeight)
-            kernel = kept.copied() if stacked else self.param("kernel", init, shape)
             dimensions = (((x.ndim - 1,), (0,)), ((), ()))
             precision = precision_of(self.dtype)
-            y = lax.dot_general(x, kernel.astype(self.dtype), dimensions, precision=precision)
+            y = lax.dot_general(x, kept.astype(self.dtype), dimensions, precision=precision)
         y = summed(y) if self.is_shared else y
         y += per_channel(bias, y)
         return nn.gelu(y, approximate=True) if self.gelu else y

@@ -1,6 +1,5 @@
 """Every policy with every format of numbers on every tiny model: what attention is given."""
 
-import sys
 from dataclasses import dataclass
 from functools import cache, partial
 from operator import itemgetter
@@ -14,6 +13,7 @@ import policy_cases
 import pytest
 from policy_cases import CASES, SHAPES, draw, stats
 
+from amskv_jax.cache import heads, online, store
 from amskv_jax.cache.layout import CacheLayout
 from amskv_jax.cache.stack import apply_blocks
 from amskv_jax.cache.store import Store
@@ -46,7 +46,8 @@ class Given:
             raise ReachedError(key, value, lengths)
 
         with pytest.MonkeyPatch.context() as patch, pytest.raises(ReachedError) as reached:
-            patch.setattr(sys.modules[type(slots).__module__], "attend", stop)
+            for module in (store, heads, online):
+                patch.setattr(module, "attend", stop)
             slots.attend(cache, layer, step, qkv, scale, "xla")
         visible = getattr(cache, "visible", None)
         return *reached.value.args, None if visible is None else visible[layer]
