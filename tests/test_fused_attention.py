@@ -1,13 +1,12 @@
 """Attention that reads the cache where it lies: the kernel in Pallas' interpreter, and its use."""
 
-import os
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreter import assert_no_races, interpreted, many_threads
 from made_stats import random_stats
 from reference_weights import recipe_params
 
@@ -28,9 +27,6 @@ SCHEDULE = ScaleSchedule.square((1, 2, 3, 4))
 CONFIG = VARConfig(2, 64, 2, SCHEDULE, 5, 32, 8)
 TOKENIZER = VQVAEConfig(SCHEDULE, 32, 8, 32, (1, 1), 1)
 
-interpreted = pytest.mark.skipif(
-    jax.__version_info__ < (0, 11), reason="older interpreters know not all of it"
-)
 CASES = [
     # rows, heads, head_dim, spans, lengths, own tokens, capacity, blocks, processors
     (1, 2, 64, ((0, 63),), None, 36, 70, None, 132),
@@ -42,10 +38,7 @@ CASES = [
 
 
 @interpreted
-@pytest.mark.skipif(
-    (os.cpu_count() or 1) < 4 and "NPROC" not in os.environ,
-    reason="threads of the interpreter wait for each other: set NPROC=16 if there are few cores",
-)
+@many_threads
 @pytest.mark.parametrize("case", CASES)
 def test_kernel_attends_to_cache_and_own_tokens(monkeypatch, case):
     from jax.experimental.pallas import mosaic_gpu
@@ -72,9 +65,7 @@ def test_kernel_attends_to_cache_and_own_tokens(monkeypatch, case):
         interpret=mosaic_gpu.InterpretGPUParams(detect_races=rows == 1),
     )
     if rows == 1:
-        from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
-
-        assert not interpret_pallas_call.get_races().races_found
+        assert_no_races()
     query, keys, values, key, value = (
         np.asarray(x, np.float32) for x in (query, keys, values, key, value)
     )

@@ -1,11 +1,10 @@
 """The kernel that sums what attention every key receives: in Pallas' interpreter."""
 
-import os
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from interpreter import assert_no_races, interpreted, many_threads
 
 CASES = [
     # rows, heads, head_dim, spans, tokens, capacity, races
@@ -15,11 +14,8 @@ CASES = [
 ]
 
 
-@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="older interpreters know not all of it")
-@pytest.mark.skipif(
-    (os.cpu_count() or 1) < 4 and "NPROC" not in os.environ,
-    reason="threads of the interpreter wait for each other: set NPROC=16 if there are few cores",
-)
+@interpreted
+@many_threads
 @pytest.mark.parametrize("case", CASES)
 def test_kernel_sums_probabilities_of_cached_and_own_keys(case):
     from jax.experimental.pallas import mosaic_gpu
@@ -44,7 +40,5 @@ def test_kernel_sums_probabilities_of_cached_and_own_keys(case):
         interpret=mosaic_gpu.InterpretGPUParams(detect_races=races),
     )
     if races:
-        from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
-
-        assert not interpret_pallas_call.get_races().races_found
+        assert_no_races()
     np.testing.assert_allclose(found, np.exp(logits - sums[..., None]).sum(2), rtol=1e-5)

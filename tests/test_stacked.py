@@ -8,16 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from interpreter import assert_no_races, interpreted
 
 from amskv_jax import hopper
 from amskv_jax.models.layers import BlockDense, FeedForward
 from amskv_jax.stacked import StackedWeight, in_place, layer_of, weight
 from amskv_jax.stacked.sizes import CHUNK, GRANULE, SIZES, splits_for, stages_for
-
-FIRST, END = hopper.VERSIONS
-interpreted = pytest.mark.skipif(
-    not FIRST <= jax.__version_info__[:2] < END, reason="kernels are of other versions of JAX"
-)
 
 
 @contextmanager
@@ -29,9 +25,7 @@ def interpreter(detect_races):
     with mosaic_gpu.force_gpu_interpret_mode(parameters):
         yield
     if detect_races:
-        from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
-
-        assert not interpret_pallas_call.get_races().races_found
+        assert_no_races()
 
 
 def operands(tokens, inputs, outputs):

@@ -6,7 +6,7 @@ one layer's uncompressed keys and values exist at a time.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 import jax
 import jax.numpy as jnp
@@ -93,19 +93,22 @@ class SelectingSlots:
             return output, cache
 
         cached = read(cache.tokens, layer, 0, held)
-        keys, _ = self.store.with_own([cached], key, value)
-        mass = None
-        if self.selector.accumulates and implementation == "mosaic" and sums is not None:
-            mass = self.store.mass(cache.tokens, layer, spans, qkv, sums, scale)
-        elif self.selector.accumulates:
-            mass = attention_mass(query, keys, scale, sums)
-        rank = partial(self.selector.rank, query, keys, scale, self.grids[step], mass)
+
+        def rank(before: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+            keys, _ = self.store.with_own([cached], key, value)
+            mass = None
+            if self.selector.accumulates and implementation == "mosaic" and sums is not None:
+                mass = self.store.mass(cache.tokens, layer, spans, qkv, sums, scale)
+            elif self.selector.accumulates:
+                mass = attention_mass(query, keys, scale, sums)
+            return self.selector.rank(query, keys, scale, self.grids[step], mass, before)
+
         chosen, scores = self._choose(cache.scores, layer, step, rank)
         own = self.store.encode(key, value)
         if chosen is not None:
             own, held = take([cached, own], chosen), 0
-        layer = after(output, layer, cache.tokens)
-        return output, SelectedCache(write(cache.tokens, layer, held, own), scores)
+        later = after(output, layer, cache.tokens)
+        return output, SelectedCache(write(cache.tokens, later, held, own), scores)
 
     def _choose(
         self,

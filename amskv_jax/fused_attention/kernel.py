@@ -29,6 +29,7 @@ from amskv_jax.fused_attention.blocks import (
     blocks_for,
     steps_of,
 )
+from amskv_jax.fused_attention.tiles import channels, tile_memory, views
 from amskv_jax.hopper import processors
 
 LEAST = -1e30
@@ -110,15 +111,10 @@ def fused_attention(
         turn: Any,
         *weights_tile: Any,
     ) -> None:
-        # Every tile has two views: for tensor cores and registers, and for copies, which can be of
-        # any number of rows if these are not seen in eights. It is the same memory.
-        def views(tile: Any) -> Any:
-            return (tile, tile) if interpret else tuple(tile)
-
-        own_query, query_copy = views(query_tile)
-        own_output, output_copy = views(output_tile)
-        own_keys, keys_copy = views(key_tiles)
-        own_values, values_copy = views(value_tiles)
+        own_query, query_copy = views(query_tile, interpret)
+        own_output, output_copy = views(output_tile, interpret)
+        own_keys, keys_copy = views(key_tiles, interpret)
+        own_values, values_copy = views(value_tiles, interpret)
         block, group = lax.axis_index("block"), lax.axis_index("group")
         unit_count = 1 if single else lax.div(units - 1 - block, jnp.int32(running)) + 1
 
@@ -168,7 +164,7 @@ def fused_attention(
                 for half in range(halves):
                     plgpu.copy_gmem_to_smem(
                         query_ref.at[
-                            row, pl.ds(first + part * QUERIES, QUERIES), own_head, _channels(half)
+                            row, pl.ds(first + part * QUERIES, QUERIES), own_head, channels(half)
                         ],
                         query_copy.at[group, half],
                         query_filled.at[group],
@@ -256,7 +252,7 @@ def fused_attention(
                 row, own_head, first = place(unit, head)
                 queries = pl.ds(first + part * QUERIES, QUERIES)
                 for half in range(halves):
-                    target = output_ref.at[row, queries, own_head, _channels(half)]
+                    target = output_ref.at[row, queries, own_head, channels(half)]
                     plgpu.copy_smem_to_gmem(output_copy.at[group, half], target)
                 plgpu.copy_smem_to_gmem(sums_tile.at[group], sums_ref.at[row, own_head, queries])
                 return number
@@ -295,7 +291,7 @@ def fused_attention(
                             some = pl.ds(lax.add(jnp.int32(first), jnp.int32(0)), step.width)
                             for half in range(halves):
                                 plgpu.copy_gmem_to_smem(
-                                    source.at[row, some, own_head, _channels(half)],
+                                    source.at[row, some, own_head, channels(half)],
                                     part_of(tile, slot, half, step.width),
                                     filled.at[slot],
                                 )
@@ -313,16 +309,7 @@ def fused_attention(
                         for emptied in (key_emptied, value_emptied):
                             plgpu.barrier_wait(emptied.at[head * cut.stages + stage])
 
-    def shared(*shape: int) -> Any:
-        swizzle = plgpu.SwizzleTransform(128)
-        eights = plgpu.TilingTransform((8, WIDTH))
-        if interpret:
-            return plgpu.SMEM(shape, query.dtype)
-        return plgpu.RefUnion(
-            plgpu.SMEM(shape, query.dtype, transforms=(eights, swizzle)),
-            plgpu.SMEM(shape, query.dtype, transforms=(swizzle,)),
-        )
-
+    shared = partial(tile_memory, dtype=query.dtype, interpret=interpret)
     ring = cut.heads * cut.stages
     filled = plgpu.Barrier(num_arrivals=halves, num_barriers=ring)
     emptied = plgpu.Barrier(num_arrivals=cut.queries, num_barriers=ring)
@@ -358,10 +345,6 @@ def fused_attention(
         interpret=interpret,
     )(jnp.reshape(layer, (1,)).astype(jnp.int32), lengths, query, keys, values, key, value)
     return output, jnp.swapaxes(sums[:, :, :tokens], 1, 2)
-
-
-def _channels(half: int) -> Any:
-    return pl.ds(half * WIDTH, WIDTH)
 
 
 def _full(shape: tuple[int, ...], fill: float, layout: Any) -> jax.Array:

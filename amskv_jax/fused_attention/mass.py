@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from amskv_jax.fused_attention.blocks import WIDTH, Spans
+from amskv_jax.fused_attention.tiles import channels, tile_memory, views
 
 BLOCK = 64
 """Keys, and queries, that are multiplied at once."""
@@ -91,9 +92,8 @@ def fused_mass(
         query_filled: Any,
         key_filled: Any,
     ) -> None:
-        # Two views of the same memory, for tensor cores and for copies, see ``fused_attention``.
-        own_query, query_copy = (query_tile,) * 2 if interpret else tuple(query_tile)
-        own_keys, keys_copy = (key_tiles,) * 2 if interpret else tuple(key_tiles)
+        own_query, query_copy = views(query_tile, interpret)
+        own_keys, keys_copy = views(key_tiles, interpret)
         pair, part = lax.axis_index("pair"), lax.axis_index("part")
         row, head = lax.div(pair, jnp.int32(heads)), lax.rem(pair, jnp.int32(heads))
         chosen = layer_ref[0]
@@ -109,7 +109,7 @@ def fused_mass(
                     some = pl.ds(first + (number - start) * BLOCK, BLOCK)
                     for half in range(halves):
                         plgpu.copy_gmem_to_smem(
-                            source.at[row, some, head, pl.ds(half * WIDTH, WIDTH)],
+                            source.at[row, some, head, channels(half)],
                             keys_copy.at[slot, half],
                             key_filled.at[slot],
                         )
@@ -149,7 +149,7 @@ def fused_mass(
             for half in range(halves):
                 some = pl.ds(part * held + block * BLOCK, BLOCK)
                 plgpu.copy_gmem_to_smem(
-                    query_ref.at[row, some, head, pl.ds(half * WIDTH, WIDTH)],
+                    query_ref.at[row, some, head, channels(half)],
                     query_copy.at[block, half],
                     query_filled,
                 )
@@ -157,15 +157,7 @@ def fused_mass(
         lax.fori_loop(0, blocks, sum_block, None)
         plgpu.wait_smem_to_gmem(0)
 
-    def shared(*shape: int) -> Any:
-        swizzle = plgpu.SwizzleTransform(128)
-        if interpret:
-            return plgpu.SMEM(shape, query.dtype)
-        return plgpu.RefUnion(
-            plgpu.SMEM(shape, query.dtype, transforms=(plgpu.TilingTransform((8, WIDTH)), swizzle)),
-            plgpu.SMEM(shape, query.dtype, transforms=(swizzle,)),
-        )
-
+    shared = partial(tile_memory, dtype=query.dtype, interpret=interpret)
     mass = plgpu.kernel(
         mass_kernel,
         out_type=jax.ShapeDtypeStruct((rows, heads, parts, blocks * BLOCK), jnp.float32),
