@@ -17,18 +17,48 @@ from amskv_jax.precision import precision_of
 Implementation = Literal["auto", "mosaic", "cudnn", "xla"]
 Chosen = Literal["mosaic", "cudnn", "xla"]
 
-QKV = tuple[jax.Array, jax.Array, jax.Array]
-Attention = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
-"""Maps queries, keys and values [rows, T, heads, head_dim] to the output and a carry."""
-
-LEAST_QUERIES = 2**18
-"""Queries of all heads and rows from which the kernel of "mosaic" is used. It is faster for fewer,
-but every size is a program of its own, which takes a second or two to compile and most of one to
-trace."""
+LEAST_WORK = 2**26
+"""Pairs of a query and a key, of all heads and rows, from which the kernel of "mosaic" is used. It
+is faster for fewer, but every size is a program of its own, which takes a second or two to compile
+and most of one to trace."""
 
 LOGITS_BYTES, CPU_LOGITS_BYTES = 2**30, 2**22
 """Most bytes of float32 logits the XLA back end holds at once; more are computed in turn. On CPUs,
 logits that stay in their caches are three times as fast."""
+
+
+class Product(NamedTuple):
+    """What a step's queries and values come from, which the kernel of "mosaic" reads where it lies.
+
+    Attributes:
+      heads: [rows, T, 3 * heads, head_dim], vectors of all queries, of all keys, and all values.
+      temperature: of every head, [heads] float32, if a query is its vector at unit length times
+        this; None if it is something else.
+    """
+
+    heads: jax.Array
+    temperature: jax.Array | None
+
+
+class QKV(NamedTuple):
+    """Queries, keys and values of a step's own tokens.
+
+    Attributes:
+      query: [rows, T, heads, head_dim].
+      key: likewise.
+      value: likewise.
+      product: what they come from, where that is known. Of queries and values in both forms, the
+        one which is not used is never computed.
+    """
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    product: Product | None = None
+
+
+Attention = Callable[[QKV], tuple[jax.Array, Any]]
+"""Maps a step's own tokens to the output [rows, T, heads, head_dim] and a carry."""
 
 
 class Cached(NamedTuple):
@@ -55,9 +85,7 @@ def choose_implementation(
     "auto" is, on Hopper GPUs and for bfloat16 heads of 64 or 128 channels, "mosaic", a kernel that
     reads the cache where it lies; else cuDNN's flash attention on NVIDIA GPUs that have it (compute
     capability 8.0, half precision, heads of at most 128 channels in steps of 8), and exact XLA
-    everywhere else. "mosaic" leaves to cuDNN what it does not do. Where it is asked for by name, it
-    also does what was not tried on a GPU yet: attention of heads that hold different numbers of
-    tokens, and H2O's sums.
+    everywhere else. "mosaic" leaves small steps, and what it does not do, to cuDNN.
 
     Raises:
       UsageError: if the name is unknown, or "mosaic" is asked for where it does not run.
@@ -117,9 +145,9 @@ def attend(
     Returns:
       [rows, T, heads, head_dim] in the query's dtype. The softmax is computed in float32.
     """
-    if lengths is None and reads_cache(query, implementation):
+    if lengths is None and reads_cache(query, key.shape[1], implementation):
         nothing = Cached(key[None], value[None], jnp.int32(0), ())
-        return attend_to_cache(query, key, value, nothing, scale)[0]
+        return attend_to_cache(QKV(query, key, value), nothing, scale)[0]
     if choose_implementation(implementation, query.dtype, query.shape[-1]) != "xla":
         return jax.nn.dot_product_attention(
             query,
@@ -147,26 +175,25 @@ def attend(
     return lax.map(attend_row, (query, key, value, lengths), batch_size=batch_size)
 
 
-def reads_cache(query: jax.Array, implementation: Implementation) -> bool:
-    """Return whether ``attend_to_cache`` is the way to attend; see ``choose_implementation``."""
+def reads_cache(query: jax.Array, keys: int, implementation: Implementation) -> bool:
+    """Return whether ``attend_to_cache`` is the way to attend; see ``choose_implementation``.
+
+    Args:
+      query: [rows, T, heads, head_dim].
+      keys: how many a query sees.
+      implementation: the back end.
+    """
     chosen = choose_implementation(implementation, query.dtype, query.shape[-1])
-    return chosen == "mosaic" and query.size // query.shape[-1] >= LEAST_QUERIES
+    return chosen == "mosaic" and query.size // query.shape[-1] * keys >= LEAST_WORK
 
 
 def attend_to_cache(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    cached: Cached,
-    scale: float,
-    lengths: jax.Array | None = None,
+    qkv: QKV, cached: Cached, scale: float, lengths: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Attend as ``attend`` to cached tokens and then own ones, which are not joined.
 
     Args:
-      query: [rows, T, heads, head_dim].
-      key: of the own tokens, [rows, S, heads, head_dim].
-      value: like ``key``.
+      qkv: of the own tokens; there may be more keys and values than queries.
       cached: of the same dtype.
       scale: factor of the logits.
       lengths: how many tokens of the only span count, from its first on, for every batch row and
@@ -179,18 +206,32 @@ def attend_to_cache(
     # Half a second, and of no use to most.
     from amskv_jax.fused_attention.kernel import fused_attention  # noqa: PLC0415
 
-    buffers = cached.keys, cached.values, cached.layer
-    return fused_attention(query, *buffers, key, value, lengths, spans=cached.spans, scale=scale)
+    query, value, temperature, first_heads = qkv.query, qkv.value, None, (0, 0)
+    if qkv.product is not None:
+        value, temperature = qkv.product
+        query = query if temperature is None else value
+        heads = qkv.key.shape[2]
+        first_heads = 0, 2 * heads
+    return fused_attention(
+        query,
+        cached.keys,
+        cached.values,
+        cached.layer,
+        qkv.key,
+        value,
+        lengths,
+        temperature,
+        first_heads=first_heads,
+        spans=cached.spans,
+        scale=scale,
+    )
 
 
-def mass_on_cache(
-    query: jax.Array, key: jax.Array, cached: Cached, sums: jax.Array, scale: float
-) -> jax.Array:
+def mass_on_cache(qkv: QKV, cached: Cached, sums: jax.Array, scale: float) -> jax.Array:
     """Return the attention probability that every key receives, summed over the queries.
 
     Args:
-      query: see ``attend_to_cache``.
-      key: likewise.
+      qkv: see ``attend_to_cache``.
       cached: likewise.
       sums: what it returned besides the output.
       scale: factor of the logits.
@@ -201,7 +242,7 @@ def mass_on_cache(
     from amskv_jax.fused_attention.mass import fused_mass  # noqa: PLC0415
 
     buffer = cached.keys, cached.layer
-    return fused_mass(query, *buffer, key, sums, spans=cached.spans, scale=scale)
+    return fused_mass(qkv.query, *buffer, qkv.key, sums, spans=cached.spans, scale=scale)
 
 
 def attend_block_causal(

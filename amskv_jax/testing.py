@@ -115,7 +115,7 @@ class Recorder:
         output, _ = slots.attend(cache, layer, step, qkv, scale, "xla")
         if not isinstance(slots, HeadSlots):
             cache = jax.tree.map(lambda leaf: leaf[layer], cache)
-        return *qkv, output, cache
+        return *qkv[:3], output, cache
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def drive(
     slots = slots_of([row], schedule, Store(numbers))
     random = np.random.default_rng(seed)
     given = [
-        tuple(random.standard_normal((3, 2, tokens, heads, head_dim)).astype(np.float32))
+        QKV(*random.standard_normal((3, 2, tokens, heads, head_dim)).astype(np.float32))
         for tokens in schedule.tokens
     ]
 

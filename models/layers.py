@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from amskv_jax.attention import Attention
+from amskv_jax.attention import QKV, Attention, Product
 from amskv_jax.float8 import Float8Weight, float8_product
 from amskv_jax.mesh import gathered, shards, summed
 from amskv_jax.packed_weight import is_packed, widened
@@ -121,26 +121,25 @@ class SelfAttention(nn.Module):
         value_bias = self.param("value_bias", nn.initializers.zeros, (width,))
         # As one bias, which is part of the product.
         bias = jnp.concatenate([query_bias, jnp.zeros_like(query_bias), value_bias])
-        qkv = BlockDense(3 * width, dtype=self.dtype, name="qkv")(x, bias)
-        query, key, value = (
-            part.reshape(*part.shape[:-1], heads, width // heads)
-            for part in jnp.split(qkv, 3, axis=-1)
-        )
+        product = BlockDense(3 * width, dtype=self.dtype, name="qkv")(x, bias)
+        product = product.reshape(*product.shape[:-1], 3 * heads, width // heads)
+        query, key, value = jnp.split(product, 3, axis=-2)
+        temperature = None
         if self.l2_norm:
             initial = nn.initializers.constant(math.log(4.0))
             log_temperature = self.param("log_temperature", initial, (heads,)).astype(jnp.float32)
             temperature = jnp.exp(jnp.minimum(log_temperature, MAX_LOG_TEMPERATURE))
             # Of every token: of so small an operand as the heads', XLA thinks that it pays to give
             # a kernel few neighbouring channels of many tokens, and takes three times as long.
-            temperature = lax.optimization_barrier(
+            of_tokens = lax.optimization_barrier(
                 jnp.broadcast_to(temperature[None, None], query.shape[:-1])
             )
-            query = normalize_heads(query) * temperature[..., None]
+            query = normalize_heads(query) * of_tokens[..., None]
             key = normalize_heads(key)
         if self.rotate is not None:
-            query, key = self.rotate(query), self.rotate(key)
-        query, key, value = (part.astype(self.dtype) for part in (query, key, value))
-        output, carry = attention(query, key, value)
+            query, key, temperature = self.rotate(query), self.rotate(key), None
+        query, key = query.astype(self.dtype), key.astype(self.dtype)
+        output, carry = attention(QKV(query, key, value, Product(product, temperature)))
         output = output.reshape(*output.shape[:-2], width)
         out = BlockDense(x.shape[-1], dtype=self.dtype, is_shared=True, name="out")
         return out(output), carry

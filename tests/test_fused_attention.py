@@ -28,12 +28,23 @@ CONFIG = VARConfig(2, 64, 2, SCHEDULE, 5, 32, 8)
 TOKENIZER = VQVAEConfig(SCHEDULE, 32, 8, 32, (1, 1), 1)
 
 CASES = [
-    # rows, heads, head_dim, spans, lengths, own tokens, capacity, blocks, processors
-    (1, 2, 64, ((0, 63),), None, 36, 70, None, 132),
-    (2, 2, 64, ((3, 50), (60, 55)), None, 169, 130, Blocks(3, 1, 128, 2), 3),  # units in turn
-    (1, 3, 64, (), None, 64, 40, Blocks(1, 3, 64, 2), 1),  # several heads, nothing cached
-    (1, 1, 128, ((0, 130),), None, 200, 140, Blocks(2, 1, 128, 2, True, False), 132),
-    (1, 3, 64, ((0, 75),), (70, 0, 9), 36, 75, Blocks(1, 1, 64, 2), 1),  # heads hold as they like
+    # rows, heads, head_dim, spans, lengths, own tokens, capacity, blocks, processors, product
+    (1, 2, 64, ((0, 63),), None, 36, 70, None, 132, False),
+    (2, 2, 64, ((3, 50), (60, 55)), None, 169, 130, Blocks(3, 1, 128, 2), 3, True),  # in turn
+    (1, 3, 64, (), None, 128, 40, Blocks(1, 3, 64, 2), 1, True),  # several heads, nothing cached
+    (1, 1, 128, ((0, 130),), None, 200, 140, Blocks(2, 1, 128, 2, True, False), 132, True),
+    (
+        1,
+        3,
+        64,
+        ((0, 75),),
+        (70, 0, 9),
+        36,
+        75,
+        Blocks(1, 1, 64, 2),
+        1,
+        False,
+    ),  # heads hold as they like
 ]
 
 
@@ -45,7 +56,7 @@ def test_kernel_attends_to_cache_and_own_tokens(monkeypatch, case):
 
     from amskv_jax.fused_attention import kernel
 
-    rows, heads, head_dim, spans, lengths, tokens, capacity, blocks, processors = case
+    rows, heads, head_dim, spans, lengths, tokens, capacity, blocks, processors, product = case
     monkeypatch.setattr(kernel, "processors", lambda: processors)
     own = (rows, tokens, heads, head_dim)
     buffer = (3, rows, capacity, heads, head_dim)
@@ -56,9 +67,14 @@ def test_kernel_attends_to_cache_and_own_tokens(monkeypatch, case):
     used = [slot for first, length in spans for slot in range(first, first + length)]
     stale = np.setdiff1d(np.arange(capacity), used)
     keys, values = (x.at[:, :, stale].set(50.0) for x in (keys, values))
+    temperature = np.arange(2, 2 + heads, dtype=np.float32)
+    together = jnp.concatenate([query, 9 + key, value], axis=2)
     output, sums = kernel.fused_attention(
-        *(query, keys, values, jnp.int32(1), key, value),
+        *(together if product else query, keys, values, jnp.int32(1), key),
+        together if product else value,
         None if lengths is None else jnp.array([lengths] * rows),
+        jnp.array(temperature) if product else None,
+        first_heads=(0, 2 * heads) if product else (0, 0),
         spans=spans,
         scale=0.2,
         blocks=blocks,
@@ -69,6 +85,8 @@ def test_kernel_attends_to_cache_and_own_tokens(monkeypatch, case):
     query, keys, values, key, value = (
         np.asarray(x, np.float32) for x in (query, keys, values, key, value)
     )
+    if product:
+        query *= temperature[:, None] / np.linalg.norm(query, axis=-1, keepdims=True)
     key = np.concatenate([keys[1][:, used], key], 1)
     value = np.concatenate([values[1][:, used], value], 1)
     weights = np.exp(0.2 * np.einsum("rthd,rshd->rhts", query, key))
@@ -84,20 +102,22 @@ def test_kernel_attends_to_cache_and_own_tokens(monkeypatch, case):
     st.lists(st.tuples(st.integers(0, 99), st.integers(1, 400)), max_size=3),
     st.integers(1, 4096),
     st.sampled_from((64, 128)),
+    st.booleans(),
 )
 @settings(deadline=None)
-def test_steps_take_every_token_once(spans, own, block):
-    steps = steps_of(tuple(spans), own, block)
+def test_steps_take_every_token_once(spans, own, block, apart):
     taken = []
-    for step in steps:
-        for index in range(step.rounds or 1):
-            first = step.first + index * block
-            taken += [(step.source, first + i) for i in range(step.valid or step.width)]
-        assert step.width % 64 == 0 and step.width <= block
-        assert step.valid is None or step.valid < block
+    for parts, width in steps_of(tuple(spans), own, block, apart=apart):
+        assert width % 64 == 0 and width <= block
+        assert not apart or len({part.source for part in parts}) == 1
+        assert len(parts) == 1 or len({part.valid is None for part in parts}) == 1
+        for source, first, rounds, valid in parts:
+            assert valid is None or (valid <= width and rounds == 1)
+            for index in range(rounds):
+                start = first + index * block
+                taken += [(source, start + i) for i in range(valid or width)]
     expected = [(0, slot) for first, length in spans for slot in range(first, first + length)]
-    assert taken == expected + [(1, token) for token in range(own)]
-    assert steps[-1].rounds is None, "the last one tells that queries may be replaced"
+    assert sorted(taken) == sorted(expected + [(1, token) for token in range(own)])
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -154,18 +174,24 @@ def test_what_is_drawn_is_the_same(monkeypatch, policy, cache_dtype):
 
     expected, seen = draw("xla"), []
 
-    def attend_to_cache(query, key, value, cached, *rest):
+    def attend_to_cache(qkv, cached, *rest):
         seen.append(cached.spans)
+        query, key, _, (product, temperature) = qkv
+        vectors, _, value = jnp.split(product, 3, axis=2)
+        if temperature is not None:
+            query = vectors / jnp.linalg.norm(vectors, axis=-1, keepdims=True)
+            query *= temperature[None, None, :, None]
         return joined_attention(query, key, value, cached, *rest)
 
-    def mass_on_cache(query, key, cached, sums, scale):
+    def mass_on_cache(qkv, cached, sums, scale):
         slots = [slot for first, length in cached.spans for slot in range(first, first + length)]
         keys = cached.keys[cached.layer][:, np.array(slots, int)]
-        logits = jnp.einsum("rthd,rshd->rhts", query, jnp.concatenate([keys, key], axis=1))
+        keys = jnp.concatenate([keys, qkv.key], axis=1)
+        logits = jnp.einsum("rthd,rshd->rhts", qkv.query, keys)
         return jnp.exp(scale * logits - sums.swapaxes(1, 2)[..., None]).sum(2)
 
     for module in (store, heads):
-        monkeypatch.setattr(module, "reads_cache", lambda query, implementation: True)
+        monkeypatch.setattr(module, "reads_cache", lambda *arguments: True)
         monkeypatch.setattr(module, "attend_to_cache", attend_to_cache)
     monkeypatch.setattr(store, "mass_on_cache", mass_on_cache)
     monkeypatch.setattr(generate, "choose_implementation", lambda *arguments: "mosaic")
@@ -182,6 +208,6 @@ def test_only_much_work_on_a_hopper_is_done_by_the_kernel(monkeypatch):
     assert choose_implementation("auto", jnp.float32, 64) == "xla"
     assert choose_implementation("cudnn", jnp.bfloat16, 64) == "cudnn"
     much = jnp.zeros((128, 100, 30, 64), jnp.bfloat16)
-    assert attention.reads_cache(much, "auto")
-    assert not attention.reads_cache(much[:, :64], "auto")
-    assert not attention.reads_cache(much, "cudnn")
+    assert attention.reads_cache(much, 255, "auto")
+    assert not attention.reads_cache(much[:, :64], 127, "auto")
+    assert not attention.reads_cache(much, 255, "cudnn")

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_stats import cache_shape
 
+from amskv_jax.attention import QKV
 from amskv_jax.cache.layout import slots_of
 from amskv_jax.cache.store import Store
 from amskv_jax.errors import AmskvError, UsageError
@@ -251,7 +252,7 @@ def test_one_attention_serves_all_heads():
     slots = slots_of((row,), SMALL, Store(NUMBERS["float32"]))
     cache = slots.init(1, 2, 12, 8)
     for step, tokens in enumerate(SMALL.tokens):
-        qkv = (jnp.zeros((2, tokens, 12, 8)),) * 3
+        qkv = QKV(*[jnp.zeros((2, tokens, 12, 8))] * 3)
         program = jax.make_jaxpr(slots.attend, static_argnums=(2, 4, 5))
         text = str(program(cache, jnp.int32(0), step, qkv, 0.7, "xla"))
         assert text.count("dot_general[") == 2

@@ -48,12 +48,12 @@ def steps():
                 def body(x, layer_and_kept, step=step):
                     layer, kept = layer_and_kept
 
-                    def attention(query, key, value):
+                    def attention(qkv):
                         seen = [
                             jnp.concatenate(pair, axis=1)
-                            for pair in zip(kept, (key, value), strict=True)
+                            for pair in zip(kept, (qkv.key, qkv.value), strict=True)
                         ]
-                        return attend(query, *seen, bound.attention_scale), seen
+                        return attend(qkv.query, *seen, bound.attention_scale), seen
 
                     x, kept = bound.block(layer, prepared.shared, x, step, attention)
                     return x, (x, tuple(kept))

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from made_stats import cache_shape, random_stats
 
 from amskv_jax import configs
+from amskv_jax.attention import QKV
 from amskv_jax.cache.layout import CacheLayout, slots_of
 from amskv_jax.cache.store import Store
 from amskv_jax.checkpoints.initialize import random_params
@@ -198,7 +199,7 @@ def test_only_what_is_stored_is_coded():
     """What is rounded are one head's four tokens, though there are two heads and two formats."""
     row = mixed_row(SMALL, [["int4", None, None], [None, "int8", None]])
     slots = slots_of((row,), SMALL, Store(NUMBERS["float32"]))
-    qkv = (jnp.zeros((2, 4, 2, 16)),) * 3
+    qkv = QKV(*[jnp.zeros((2, 4, 2, 16))] * 3)
     program = jax.make_jaxpr(slots.attend, static_argnums=(2, 4, 5))
     text = str(program(slots.init(1, 2, 2, 16), jnp.int32(0), 1, qkv, 0.7, "xla"))
     rounds = [line for line in text.splitlines() if "= round[" in line]

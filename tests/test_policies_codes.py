@@ -13,6 +13,7 @@ import policy_cases
 import pytest
 from policy_cases import CASES, SHAPES, draw, stats
 
+from amskv_jax.attention import QKV
 from amskv_jax.cache import heads, online, store
 from amskv_jax.cache.layout import CacheLayout
 from amskv_jax.cache.stack import apply_blocks
@@ -68,7 +69,7 @@ def run(plan, numbers, written):
     for step, qkv in enumerate(written):
         nothing = jnp.zeros(qkv[0].shape[1:])
         _, caches, seen = apply_blocks(
-            lambda own, _, attention, take: attention(*own),
+            lambda own, _, attention, take: attention(QKV(*own)),
             qkv,
             nothing,
             caches,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from made_stats import random_stats
 
-from amskv_jax.attention import attend
+from amskv_jax.attention import QKV, attend
 from amskv_jax.benchmark import measure
 from amskv_jax.calibrate.attention import measure_attention
 from amskv_jax.decode import decode
@@ -80,7 +80,7 @@ class ToyTransformer:
     def block(self, layer, shared, x, step, attention):
         qkv = jnp.tanh(x + shared[:, None]) @ layer["qkv"]
         query, key, value = jnp.split(qkv.reshape(*x.shape[:2], 3 * HEADS, -1), 3, axis=2)
-        output, carry = attention(query, key, value)
+        output, carry = attention(QKV(query, key, value))
         return x + output.reshape(x.shape) + 0.1 * step * layer["step"][None, None], carry
 
     def some_rows(self, layer, shared, take):
@@ -220,12 +220,12 @@ def teacher_forced(params, condition, tokens, step):
     for earlier in range(step + 1):
         for layer in range(DEPTH):
 
-            def attention(query, key, value, layer=layer):
+            def attention(qkv, layer=layer):
                 keys, values = past[layer]
-                keys.append(key)
-                values.append(value)
+                keys.append(qkv.key)
+                values.append(qkv.value)
                 whole = jnp.concatenate(keys, 1), jnp.concatenate(values, 1)
-                return attend(query, *whole, transformer.attention_scale), None
+                return attend(qkv.query, *whole, transformer.attention_scale), None
 
             own = jax.tree.map(lambda leaf, layer=layer: leaf[layer], prepared.layers)
             x, _ = transformer.block(own, prepared.shared, x, earlier, attention)

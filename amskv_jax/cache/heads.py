@@ -89,7 +89,8 @@ class HeadSlots:
     ) -> tuple[jax.Array, tuple[Any, ...]]:
         """See ``store.Slots``."""
         reading, place = self.tables.reading[step], self._place(cache, layer)
-        if implementation == "mosaic" and reads_cache(qkv[0], implementation):
+        keys = reading.longest + qkv.key.shape[1]
+        if reads_cache(qkv.query, keys, implementation):
             output = self._attend_apart(cache, place, reading, qkv, scale)
         else:
             output = self._attend_joined(cache, place, reading, qkv, scale, implementation)
@@ -104,7 +105,7 @@ class HeadSlots:
         scale: float,
     ) -> jax.Array:
         """Attend to what heads hold and to own tokens, which are not joined."""
-        query, key, value = qkv
+        key = qkv.key
         rows, _, heads, head_dim = key.shape
         lengths = None
         if not reading.equal:
@@ -115,7 +116,7 @@ class HeadSlots:
             held = self._held(cache, place, reading, key, reading.slots.at(place.row).T)
         spans = ((0, reading.longest),) if reading.longest else ()
         cached = Cached(held[None, ..., 0, :], held[None, ..., 1, :], jnp.int32(0), spans)
-        return attend_to_cache(query, key, value, cached, scale, lengths)[0]
+        return attend_to_cache(qkv, cached, scale, lengths)[0]
 
     def _attend_joined(
         self,
@@ -127,12 +128,12 @@ class HeadSlots:
         implementation: Implementation,
     ) -> jax.Array:
         """Attend to what heads hold and to own tokens, joined and padded to the longest."""
-        rows, length, heads, _ = qkv[0].shape
+        rows, length, heads, _ = qkv.query.shape
         lengths = None
         if not reading.equal:
             lengths = looked_up(reading.lengths, place.row) + length
             lengths = jnp.full(rows, lengths[0]) if reading.even else jnp.tile(lengths, rows)
-        query, key, value = qkv if reading.even else map(_folded, qkv)
+        query, key, value = qkv[:3] if reading.even else map(_folded, qkv[:3])
         if reading.longest:
             slots = reading.slots.at(place.row)
             slots = slots.T if reading.even else slots
@@ -199,10 +200,10 @@ class HeadSlots:
           cache: the buffers.
           place: the layer.
           step: the step, static.
-          qkv: of its own tokens, [rows, T, heads, head_dim] each, as they are.
+          qkv: of its own tokens, as they are.
           output: of its attention, after which the buffers may be written.
         """
-        written, (_, key, value) = list(cache), qkv
+        written, (_, key, value, _) = list(cache), qkv
         for index, writing in enumerate(self.tables.writing[step]):
             if writing is None:
                 continue

@@ -93,7 +93,7 @@ class OnlineSlots:
 
         Arguments and result are those of ``cache.StaticSlots.attend``; the back end is always XLA.
         """
-        query, key, value = qkv
+        query, key, value, _ = qkv
         offset, size = self.schedule.offsets[step], self.schedule.tokens[step]
         keys, values = self.store.with_own([read(cache.tokens, layer, 0, offset)], key, value)
         # One more channel carries the mask through the product of queries and keys.

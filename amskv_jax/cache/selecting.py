@@ -85,7 +85,10 @@ class SelectingSlots:
         implementation: Implementation,
     ) -> tuple[jax.Array, SelectedCache]:
         """Store after attending those tokens that rank highest; see ``store.Slots``."""
-        query, key, value = qkv
+        query, key, value, product = qkv
+        if self.selector.accumulates and product is not None:
+            # The sums of exponentials are to be of the queries from which the mass is computed.
+            qkv = qkv._replace(product=product._replace(temperature=None))
         held = self.counts[step]
         spans = ((0, held),) if held else ()
         output, sums = self.store.attend(cache.tokens, layer, spans, qkv, scale, implementation)
@@ -97,10 +100,10 @@ class SelectingSlots:
         def rank(before: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
             keys, _ = self.store.with_own([cached], key, value)
             mass = None
-            if self.selector.accumulates and implementation == "mosaic" and sums is not None:
+            if self.selector.accumulates and sums is not None:
                 mass = self.store.mass(cache.tokens, layer, spans, qkv, sums, scale)
             elif self.selector.accumulates:
-                mass = attention_mass(query, keys, scale, sums)
+                mass = attention_mass(query, keys, scale)
             return self.selector.rank(query, keys, scale, self.grids[step], mass, before)
 
         chosen, scores = self._choose(cache.scores, layer, step, rank)

@@ -90,7 +90,10 @@ def apply_blocks(
         only = layout.index_in_group[start] if stop - start == 1 else None
 
         def body(
-            carry: Any, position: QKV, members: list[int] = members, only: int | None = only
+            carry: Any,
+            position: tuple[jax.Array, jax.Array, jax.Array],
+            members: list[int] = members,
+            only: int | None = only,
         ) -> tuple[Any, Any]:
             x, local = carry
             layer, branch, index = position
@@ -124,7 +127,7 @@ def apply_blocks(
                     )
 
                 some, (local, seen) = block(
-                    own, take(x), lambda *qkv: attention(part, local, qkv), take
+                    own, take(x), lambda qkv: attention(part, local, qkv), take
                 )
                 if parts > 1:
                     some = lax.dynamic_update_slice_in_dim(x, some, part * size, 0)

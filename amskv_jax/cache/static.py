@@ -82,7 +82,7 @@ class StaticSlots:
         """See ``store.Slots``."""
         spans = _spans(self.held[step])
         output, _ = self.store.attend(cache, layer, spans, qkv, scale, implementation)
-        return output, self.written(cache, layer, step, KVCache(*qkv[1:]), output)
+        return output, self.written(cache, layer, step, KVCache(qkv.key, qkv.value), output)
 
     def written(
         self, cache: KVCache, layer: jax.Array, step: int, own: KVCache, output: jax.Array

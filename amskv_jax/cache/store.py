@@ -84,7 +84,7 @@ class Store:
           cache: the buffers.
           layer: which of their layers.
           spans: of slots that are read, static.
-          qkv: queries, keys and values of the own tokens, [rows, T, heads, head_dim] each.
+          qkv: of the own tokens.
           scale: factor of the logits.
           implementation: see ``attention.attend``.
 
@@ -92,12 +92,12 @@ class Store:
           The output [rows, T, heads, head_dim], and the logarithm of the sum of exponentials of
           every query's logits, [rows, T, heads] float32, where the back end tells it.
         """
-        query, key, value = qkv
-        if reads_cache(query, implementation):
-            return attend_to_cache(*qkv, self._cached(cache, layer, spans, qkv), scale)
+        keys = sum(length for _, length in spans) + qkv.key.shape[1]
+        if reads_cache(qkv.query, keys, implementation):
+            return attend_to_cache(qkv, self._cached(cache, layer, spans, qkv), scale)
         parts = [read(cache, layer, *span) for span in spans]
-        keys, values = self.with_own(parts, key, value)
-        return attend(query, keys, values, scale, implementation), None
+        joined_keys, joined_values = self.with_own(parts, qkv.key, qkv.value)
+        return attend(qkv.query, joined_keys, joined_values, scale, implementation), None
 
     def mass(
         self,
@@ -115,11 +115,11 @@ class Store:
         Returns:
           [rows, heads, S] float32, cached tokens and then own ones.
         """
-        return mass_on_cache(*qkv[:2], self._cached(cache, layer, spans, qkv), sums, scale)
+        return mass_on_cache(qkv, self._cached(cache, layer, spans, qkv), sums, scale)
 
     def _cached(self, cache: KVCache, layer: LayerIndex, spans: Spans, qkv: QKV) -> Cached:
         """Return what attention reads: the buffers, or what their codes decode to."""
-        _, key, value = qkv
+        _, key, value, _ = qkv
         if self.numbers == Plain(str(key.dtype)):
             return Cached(cache.keys, cache.values, jnp.asarray(layer, jnp.int32), spans)
         parts = [self.decode(read(cache, layer, *span), key.dtype) for span in spans]
@@ -257,7 +257,7 @@ class Slots(Protocol):
           layer: which of the buffers' layers this is: int32 scalar, or an int where no loop goes
             over layers.
           step: the step, static.
-          qkv: queries, keys and values of the step's own tokens, [rows, T, heads, head_dim] each.
+          qkv: of the step's own tokens.
           scale: factor of the logits.
           implementation: see ``attention.attend``.
 

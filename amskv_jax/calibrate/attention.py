@@ -63,7 +63,7 @@ class AttentionObserver:
     ) -> Observation:
         """Return what the layer's attention shows at ``step``."""
         assert isinstance(slots, StaticSlots), "the full cache is static"
-        query, key, _ = qkv
+        query, key, *_ = qkv
         keys = [slots.keys(cache, layer, step, earlier, key.dtype) for earlier in range(step)]
         keys.append(key)
         if step:

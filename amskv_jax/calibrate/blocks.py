@@ -93,14 +93,14 @@ def attend_blocks(qkv: QKV, held: Held, scale: float) -> jax.Array:
     """Attend to the blocks as they are kept, and to the own tokens; differentiable.
 
     Args:
-      qkv: queries, keys and values of the own tokens, [B, T, heads, head_dim] each.
+      qkv: of the own tokens.
       held: the earlier scales.
       scale: factor of the logits.
 
     Returns:
       [B, T, heads, head_dim] float32.
     """
-    query, key, value = (x.astype(jnp.float32) for x in qkv)
+    query, key, value = (x.astype(jnp.float32) for x in qkv[:3])
     keys, values = held.in_force()
     past = _logits(query, keys, scale)
     past = jnp.where((held.token_choice == 0)[None, :, None], -jnp.inf, past)
@@ -125,7 +125,7 @@ def choice_effects(gradient: jax.Array, qkv: QKV, held: Held, scale: float) -> j
     Returns:
       [B, heads, sources, 1 + formats] float32: 0 for the choice that is in force.
     """
-    query, key, value = (x.astype(jnp.float32) for x in qkv)
+    query, key, value = (x.astype(jnp.float32) for x in qkv[:3])
     own_logits = _logits(query, key, scale)
     # Any number near the logits does in place of their maximum: all sums are divided by each other.
     largest = own_logits.max(-1, keepdims=True)

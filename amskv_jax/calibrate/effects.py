@@ -150,18 +150,17 @@ def _logits(
         def body(x: jax.Array, layer: Any, step: int = step) -> tuple[jax.Array, Versions]:
             own, past, choice, effect = layer
 
-            def attention(
-                query: jax.Array, key: jax.Array, value: jax.Array
-            ) -> tuple[jax.Array, Versions]:
-                qkv = query, key, value
+            def attention(qkv: QKV) -> tuple[jax.Array, Versions]:
+                qkv = qkv._replace(product=None)  # gradients need not keep it
                 if not past:
-                    output = attend(*qkv, scale, "xla")
+                    output = attend(*qkv[:3], scale, "xla")
                 else:
                     held = Held.of(past, choice[step, :, :step])
                     output = attend_blocks(qkv, held, scale)
                     if effect is not None:
                         output = tap(output, effect[step, :, :, :step], qkv, held)
-                return output.astype(query.dtype), Versions.of(key, value, frame.formats)
+                versions = Versions.of(qkv.key, qkv.value, frame.formats)
+                return output.astype(qkv.query.dtype), versions
 
             result: tuple[jax.Array, Versions] = transformer.block(
                 own, prepared.shared, x, step, attention

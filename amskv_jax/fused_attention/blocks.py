@@ -1,5 +1,6 @@
 """How fused attention is cut into units for the thread blocks of a Hopper GPU."""
 
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -56,35 +57,55 @@ def blocks_for(tokens: int, pairs: int, head_dim: int) -> Blocks:
     return Blocks(3, 1, 128, 3) if queries == 3 else Blocks(2, 1, 128, 4, turns=True)
 
 
-class Step(NamedTuple):
-    """One block of keys, or several alike in a loop.
+class Part(NamedTuple):
+    """Blocks of keys of one source, one after the other.
 
     Attributes:
       source: 0 for cached ones, 1 for the step's own.
       first: first token of the first block.
-      rounds: how many blocks; None for a single one, outside of a loop.
-      width: of a block, a multiple of 64.
-      valid: how many of its tokens count, None for all.
+      rounds: how many blocks.
+      valid: how many tokens of a block count, None for all.
     """
 
     source: int
     first: int
-    rounds: int | None
-    width: int
+    rounds: int
     valid: int | None
 
 
-def steps_of(spans: Spans, own: int, block: int) -> list[Step]:
-    """Return the blocks of all sources in order; the last one is not in a loop."""
-    steps = []
+class Step(NamedTuple):
+    """Blocks of keys that are attended to by one piece of code; the fewer, the sooner compiled.
+
+    Attributes:
+      parts: what the blocks are, in order: of whole ones, or of single ones of which some counts.
+      width: of a block, a multiple of 64.
+    """
+
+    parts: tuple[Part, ...]
+    width: int
+
+    @property
+    def rounds(self) -> int:
+        """How many blocks."""
+        return sum(part.rounds for part in self.parts)
+
+
+def steps_of(spans: Spans, own: int, block: int, *, apart: bool = False) -> list[Step]:
+    """Return all blocks of keys: whole ones, then what is left of every source, by width.
+
+    Args:
+      spans: of cached tokens.
+      own: the step's tokens.
+      block: keys of a whole block.
+      apart: whether cached and own tokens need code of their own.
+    """
+    found: dict[tuple[bool, int, int], list[Part]] = defaultdict(list)
     for source, first, length in [*((0, *span) for span in spans), (1, 0, own)]:
         whole, rest = divmod(length, block)
-        looped = whole - 1 if source and not rest else whole
-        if looped:
-            steps.append(Step(source, first, looped, block, None))
-        if looped < whole:
-            steps.append(Step(source, first + looped * block, None, block, None))
+        kind = source if apart else 0
+        if whole:
+            found[False, block, kind].append(Part(source, first, whole, None))
         if rest:
             width = -(-rest // WIDTH) * WIDTH
-            steps.append(Step(source, first + whole * block, None, width, rest))
-    return steps
+            found[True, width, kind].append(Part(source, first + whole * block, 1, rest))
+    return [Step(tuple(parts), width) for (_, width, _), parts in sorted(found.items())]

@@ -24,11 +24,13 @@ from amskv_jax.fused_attention.blocks import (
     QUERIES,
     WIDTH,
     Blocks,
+    Part,
     Spans,
     Step,
     blocks_for,
     steps_of,
 )
+from amskv_jax.fused_attention.registers import full, norms, of_rows, weighed
 from amskv_jax.fused_attention.tiles import channels, tile_memory, views
 from amskv_jax.hopper import processors
 
@@ -39,7 +41,7 @@ REGISTERS = {2: (232, 40), 3: (152, 40)}
 """Attending warpgroups -> registers that each of their threads, and of those that copy, gets."""
 
 
-@partial(jax.jit, static_argnames=("spans", "scale", "blocks", "interpret"))
+@partial(jax.jit, static_argnames=("first_heads", "spans", "scale", "blocks", "interpret"))
 def fused_attention(
     query: jax.Array,
     keys: jax.Array,
@@ -48,25 +50,30 @@ def fused_attention(
     key: jax.Array,
     value: jax.Array,
     lengths: jax.Array | None = None,
+    temperature: jax.Array | None = None,
     *,
     spans: Spans,
     scale: float,
+    first_heads: tuple[int, int] = (0, 0),
     blocks: Blocks | None = None,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Return softmax(scale * query K^T) V, K and V being cached tokens and then own ones.
 
     Args:
-      query: [rows, T, heads, head_dim] bfloat16, head_dim 64 or 128.
+      query: [rows, T, heads or more, head_dim] bfloat16, head_dim 64 or 128.
       keys: a buffer [layers, rows, capacity, heads, head_dim] bfloat16.
       values: likewise.
       layer: which of its layers is read, int32 scalar.
       key: of the own tokens, [rows, S, heads, head_dim] bfloat16.
-      value: likewise.
+      value: likewise, of as many heads or more.
       lengths: how many tokens of the only span count, from its first on, for every batch row and
         head, [rows, heads] int32; None for all of all spans.
+      temperature: of every head, [heads] float32: queries are brought to unit length and
+        multiplied by it; None for queries as they are.
       spans: slots of the buffer which are read; what lies in others must be finite.
       scale: factor of the logits.
+      first_heads: which heads of ``query`` and ``value``, which may be one array, are the first.
       blocks: how the work is cut; by default what ``blocks_for`` finds.
       interpret: parameters of Pallas' interpreter, to run it on a CPU.
 
@@ -74,7 +81,9 @@ def fused_attention(
       [rows, T, heads, head_dim] bfloat16, and the logarithm of the sum of every query's
       exponentials of logits, [rows, T, heads] float32.
     """
-    rows, tokens, heads, head_dim = query.shape
+    rows, tokens, _, head_dim = query.shape
+    heads = key.shape[2]
+    first_query, first_value = first_heads
     cut = blocks or blocks_for(tokens, rows * heads, head_dim)
     halves = head_dim // WIDTH
     parts = -(-tokens // (QUERIES * cut.queries))  # of a head's queries
@@ -82,15 +91,14 @@ def fused_attention(
     running = min(processors(), units) if cut.in_turn else units
     single = running == units
     to_log2 = scale * math.log2(math.e)
-    steps = steps_of(spans, key.shape[1], cut.keys)
-    per_unit = sum(step.rounds or 1 for step in steps)
     ragged = lengths is not None
-    if lengths is None:
-        lengths = jnp.zeros((1, 1), jnp.int32)
+    steps = steps_of(spans, key.shape[1], cut.keys, apart=ragged)
+    per_unit = sum(step.rounds for step in steps)
 
     def attention_kernel(
         layer_ref: Any,
         lengths_ref: Any,
+        temperature_ref: Any,
         query_ref: Any,
         keys_ref: Any,
         values_ref: Any,
@@ -131,22 +139,15 @@ def fused_attention(
             else:
                 lax.fori_loop(0, unit_count, body, jnp.int32(0))
 
-        def over_steps(visit: Callable[..., Any], number: Any, carry: Any) -> tuple[Any, Any]:
-            """Visit the blocks of keys of a unit, which are numbered through all units."""
-            for step in steps:
-                if step.rounds is None:
-                    carry = visit(step, step.first, number, carry)
-                else:
-                    carry = lax.fori_loop(
-                        0,
-                        step.rounds,
-                        lambda i, carry, step=step, number=number: visit(
-                            step, step.first + i * cut.keys, number + i, carry
-                        ),
-                        carry,
-                    )
-                number = number + (step.rounds or 1)
-            return number, carry
+        def over_rounds(
+            blocks: Step | Part, visit: Callable[..., Any], number: Any, carry: Any
+        ) -> tuple[Any, Any]:
+            """Visit some blocks of keys, which are numbered through all units."""
+            rounds = blocks.rounds
+            if rounds == 1:
+                return number + 1, visit(0, number, carry)
+            body = lambda i, carry: visit(i, number + i, carry)  # noqa: E731
+            return number + rounds, lax.fori_loop(0, rounds, body, carry)
 
         def part_of(tile: Any, slot: Any, half: int, width: int) -> Any:
             whole = width == cut.keys
@@ -164,7 +165,10 @@ def fused_attention(
                 for half in range(halves):
                     plgpu.copy_gmem_to_smem(
                         query_ref.at[
-                            row, pl.ds(first + part * QUERIES, QUERIES), own_head, channels(half)
+                            row,
+                            pl.ds(first + part * QUERIES, QUERIES),
+                            own_head + first_query,
+                            channels(half),
                         ],
                         query_copy.at[group, half],
                         query_filled.at[group],
@@ -178,7 +182,15 @@ def fused_attention(
             if cut.turns:
                 pl.when(group == 1)(take_turn)
 
-            def visit(unit: Any, step: Step, first: Any, number: Any, carry: Any) -> Any:
+            def factor_of(unit: Any) -> Any:
+                """Return what makes products logits of base 2: for each query, or all of them."""
+                if temperature is None:
+                    return to_log2
+                own_temperature = temperature_ref[place(unit, head)[1]]
+                norm = norms([own_query.at[group, half] for half in range(halves)])
+                return to_log2 * own_temperature / norm
+
+            def visit(unit: Any, factor: Any, step: Step, i: Any, number: Any, carry: Any) -> Any:
                 sums, most, total = carry
                 slot = lax.rem(number, jnp.int32(cut.stages)) + head * cut.stages
                 plgpu.barrier_wait(key_filled.at[slot])
@@ -195,25 +207,30 @@ def fused_attention(
                 logits = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
                 plgpu.barrier_arrive(key_emptied.at[slot])
                 if step is steps[-1] and not single:
-                    pl.when(unit + 1 < unit_count)(lambda: load_queries(unit + 1))
-                of_cache = ragged and step.source == 0
-                if of_cache or step.valid is not None:
+                    is_last = unit + 1 < unit_count
+                    if step.rounds > 1:
+                        is_last &= i + 1 == step.rounds
+                    pl.when(is_last)(lambda: load_queries(unit + 1))
+                (source, first, _, end), *others = step.parts
+                of_cache = ragged and source == 0
+                if of_cache or end is not None:
                     position = plgpu.broadcasted_iota(
                         jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA
                     )
                     # Plus a zero that the compiler does not know: it would compute the mask once
                     # for all units, and hold it in more registers than there are.
                     unknown = 0 if single else lax.shift_right_logical(number, jnp.int32(30))
-                    end = step.valid or step.width
+                    for other, own in enumerate(others, 1):
+                        end = jnp.where(i == other, own.valid, end)
                     if of_cache:
                         row, own_head, _ = place(unit, head)
-                        end = lengths_ref[row, own_head] + spans[0][0] - first
+                        end = lengths_ref[row, own_head] + spans[0][0] - first - i * cut.keys
                     logits = jnp.where(position < end + unknown, logits, -jnp.inf)
-                larger = jnp.maximum(most, logits.max(axis=1) * to_log2)
-                weights = jnp.exp2(logits * to_log2 - lax.broadcast_in_dim(larger, shape, [0]))
+                larger = jnp.maximum(most, logits.max(axis=1) * factor)
+                weights = jnp.exp2(logits * of_rows(factor, shape) - of_rows(larger, shape))
                 shrunk = jnp.exp2(most - larger)
                 total = total * shrunk + weights.sum(axis=1)
-                sums = tuple(own * lax.broadcast_in_dim(shrunk, own.shape, [0]) for own in sums)
+                sums = tuple(own * of_rows(shrunk, own.shape) for own in sums)
                 rounded = weights.astype(query.dtype)
                 if cut.turns:
                     plgpu.barrier_arrive(turn)
@@ -222,7 +239,7 @@ def fused_attention(
                     plgpu.barrier_wait(turn)
                 tiles = [part_of(own_values, slot, half, step.width) for half in range(halves)]
                 if interpret:
-                    sums = _weighed(sums, rounded, tiles, weights_tile[0].at[group])
+                    sums = weighed(sums, rounded, tiles, weights_tile[0].at[group])
                 else:
 
                     def weigh(accumulators: Any) -> None:
@@ -237,16 +254,21 @@ def fused_attention(
                 plgpu.barrier_wait(query_filled.at[group])
                 of_queries = plgpu.Layout.WGMMA.reduce(1)
                 carry = (
-                    tuple(_full((QUERIES, WIDTH), 0, plgpu.Layout.WGMMA) for _ in range(halves)),
-                    _full((QUERIES,), LEAST, of_queries),
-                    _full((QUERIES,), 0, of_queries),
+                    tuple(full((QUERIES, WIDTH), 0, plgpu.Layout.WGMMA) for _ in range(halves)),
+                    full((QUERIES,), LEAST, of_queries),
+                    full((QUERIES,), 0, of_queries),
                 )
-                number, (sums, most, total) = over_steps(partial(visit, unit), number, carry)
+                factor = factor_of(unit)
+                for step in steps:
+                    number, carry = over_rounds(
+                        step, partial(visit, unit, factor, step), number, carry
+                    )
+                sums, most, total = carry
                 if not single:  # until what was written before has been read
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 for half, own in enumerate(sums):
-                    inverse = lax.broadcast_in_dim(1 / total, own.shape, [0])
-                    own_output.at[group, half][...] = (own * inverse).astype(query.dtype)
+                    whole = own * of_rows(1 / total, own.shape)
+                    own_output.at[group, half][...] = whole.astype(query.dtype)
                 sums_tile.at[group][...] = (most + jnp.log2(total)) * math.log(2)
                 plgpu.commit_smem()
                 row, own_head, first = place(unit, head)
@@ -268,46 +290,57 @@ def fused_attention(
                 plgpu.set_max_registers(REGISTERS[cut.groups][1], action="decrease")
             chosen = layer_ref[0]
             kinds = (
-                ((keys_ref, key_ref), keys_copy, key_filled, key_emptied),
-                ((values_ref, value_ref), values_copy, value_filled, value_emptied),
+                ((keys_ref, key_ref), 0, keys_copy, key_filled, key_emptied),
+                ((values_ref, value_ref), first_value, values_copy, value_filled, value_emptied),
             )
 
             def run_unit(unit: Any, number: Any) -> Any:
                 places = [place(unit, head)[:2] for head in range(cut.heads)]
 
-                def visit(step: Step, first: Any, number: Any, carry: Any) -> Any:
+                def visit(part: Part, width: int, i: Any, number: Any, carry: Any) -> Any:
                     for head, (row, own_head) in enumerate(places):
                         slot = lax.rem(number, jnp.int32(cut.stages)) + head * cut.stages
-                        for sources, tile, filled, emptied in kinds:
+                        for sources, first_head, tile, filled, emptied in kinds:
 
                             @pl.when(number >= cut.stages)
                             def _(emptied: Any = emptied, slot: Any = slot) -> None:
                                 plgpu.barrier_wait(emptied.at[slot])
 
-                            source = sources[step.source]
-                            source = source if step.source else source.at[chosen]
+                            source = sources[part.source]
+                            source = source if part.source else source.at[chosen]
+                            source_head = own_head + (first_head if part.source else 0)
                             # A start that is computed: of others it would be checked that the
                             # block ends within the axis.
-                            some = pl.ds(lax.add(jnp.int32(first), jnp.int32(0)), step.width)
+                            first = lax.add(jnp.int32(part.first), jnp.int32(i * cut.keys))
+                            some = pl.ds(first, width)
                             for half in range(halves):
                                 plgpu.copy_gmem_to_smem(
-                                    source.at[row, some, own_head, channels(half)],
-                                    part_of(tile, slot, half, step.width),
+                                    source.at[row, some, source_head, channels(half)],
+                                    part_of(tile, slot, half, width),
                                     filled.at[slot],
                                 )
                     return carry
 
-                return over_steps(visit, number, jnp.int32(0))[0]
+                for step in steps:
+                    for part in step.parts:
+                        number, _ = over_rounds(
+                            part, partial(visit, part, step.width), number, jnp.int32(0)
+                        )
+                return number
 
             over_units(run_unit)
             # The last block in every stage, so that nobody arrives at a barrier that is gone.
             for stage in range(cut.stages):
 
-                @pl.when(unit_count * per_unit > stage)
-                def _(stage: int = stage) -> None:
+                def finish(stage: int = stage) -> None:
                     for head in range(cut.heads):
                         for emptied in (key_emptied, value_emptied):
                             plgpu.barrier_wait(emptied.at[head * cut.stages + stage])
+
+                if stage < per_unit:
+                    finish()
+                else:
+                    pl.when(unit_count * per_unit > stage)(finish)
 
     shared = partial(tile_memory, dtype=query.dtype, interpret=interpret)
     ring = cut.heads * cut.stages
@@ -317,7 +350,7 @@ def fused_attention(
     output, sums = plgpu.kernel(
         attention_kernel,
         out_type=(
-            jax.ShapeDtypeStruct(query.shape, query.dtype),
+            jax.ShapeDtypeStruct((rows, tokens, heads, head_dim), query.dtype),
             jax.ShapeDtypeStruct((rows, heads, padded), jnp.float32),
         ),
         grid=(running,),
@@ -343,25 +376,14 @@ def fused_attention(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
         interpret=interpret,
-    )(jnp.reshape(layer, (1,)).astype(jnp.int32), lengths, query, keys, values, key, value)
+    )(
+        jnp.reshape(layer, (1,)).astype(jnp.int32),
+        jnp.zeros((1, 1), jnp.int32) if lengths is None else lengths,
+        jnp.zeros(1, jnp.float32) if temperature is None else temperature,
+        query,
+        keys,
+        values,
+        key,
+        value,
+    )
     return output, jnp.swapaxes(sums[:, :, :tokens], 1, 2)
-
-
-def _full(shape: tuple[int, ...], fill: float, layout: Any) -> jax.Array:
-    return plgpu.layout_cast(jnp.full(shape, fill, jnp.float32), layout)
-
-
-def _weighed(sums: Any, weights: jax.Array, tiles: Any, memory: Any) -> list[jax.Array]:
-    """Add weights times values to sums as the interpreter can: operands are in shared memory."""
-    operand = memory.at[:, pl.ds(0, weights.shape[1])]
-    operand[...] = weights
-
-    def product(tile: Any, accumulator: Any) -> Any:
-        plgpu.wgmma(accumulator, operand, tile)
-        return accumulator[...]
-
-    shape = QUERIES, WIDTH
-    return [
-        own + pl.run_scoped(partial(product, tile), plgpu.ACC(shape, jnp.float32))
-        for own, tile in zip(sums, tiles, strict=True)
-    ]

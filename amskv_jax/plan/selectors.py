@@ -16,8 +16,6 @@ from amskv_jax.errors import AmskvError, UsageError
 
 Mode = Literal["paper", "reference"]
 
-Queries = tuple[jax.Array, jax.Array | None]
-"""Queries [..., T, heads, head_dim], and the sums of their softmax [..., T, heads], if known."""
 
 PROBABILITY_BYTES = 2**25
 """Most bytes of float32 attention probabilities that are held at once: what a large GPU's cache
@@ -224,7 +222,6 @@ def attention_mass(
     query: jax.Array,
     key: jax.Array,
     scale: float,
-    sums: jax.Array | None = None,
     limit: int = PROBABILITY_BYTES,
 ) -> jax.Array:
     """Return the attention probability that every key receives, summed over the queries.
@@ -236,8 +233,6 @@ def attention_mass(
       query: [rows, T, heads, head_dim].
       key: [rows, S, heads, head_dim].
       scale: factor of the logits.
-      sums: the logarithm of the sum of exponentials of every query's logits, [rows, T, heads]
-        float32, which spares two passes over them; None where it is not known.
       limit: most bytes of float32 probabilities held at once (but at least one query's).
 
     Returns:
@@ -246,30 +241,27 @@ def attention_mass(
     _, length, heads, _ = query.shape
     most = max(1, limit // (heads * key.shape[1] * 4))  # queries at once
 
-    def mass(queries: Queries, keys: jax.Array) -> jax.Array:
-        own, known = queries
-        logits = scale * _logits(own, keys)
-        total = jax.nn.logsumexp(logits, axis=-1) if known is None else known.swapaxes(-1, -2)
-        return jnp.exp(logits - total[..., None]).sum(-2)
+    def mass(queries: jax.Array, keys: jax.Array) -> jax.Array:
+        logits = scale * _logits(queries, keys)
+        return jnp.exp(logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)).sum(-2)
 
-    def of_row(row: tuple[Queries, jax.Array]) -> jax.Array:
+    def of_row(row: tuple[jax.Array, jax.Array]) -> jax.Array:
         queries, keys = row
         if most >= length:
             return mass(queries, keys)
         whole = length // most * most
-        parts = jax.tree.map(lambda x: x[:whole].reshape(-1, most, *x.shape[1:]), queries)
+        parts = queries[:whole].reshape(-1, most, *queries.shape[1:])
         total, _ = lax.scan(
             lambda total, part: (total + mass(part, keys), None),
             jnp.zeros((heads, len(keys)), jnp.float32),
             parts,
         )
-        rest = jax.tree.map(lambda x: x[whole:], queries)
-        return total + mass(rest, keys) if whole < length else total
+        return total + mass(queries[whole:], keys) if whole < length else total
 
     # Parts of equal size, or the rest would be a program of its own.
     most_rows, rows = max(1, most // length), len(query)
     size = max(part for part in range(1, min(most_rows, rows) + 1) if rows % part == 0)
-    return lax.map(of_row, ((query, sums), key), batch_size=size)
+    return lax.map(of_row, (query, key), batch_size=size)
 
 
 def _logits(query: jax.Array, key: jax.Array) -> jax.Array:

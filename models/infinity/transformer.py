@@ -12,7 +12,7 @@ from flax import linen as nn
 from flax import struct
 from jax import lax
 
-from amskv_jax.attention import Attention, Implementation, attend, attend_block_causal
+from amskv_jax.attention import QKV, Attention, Implementation, attend, attend_block_causal
 from amskv_jax.mesh import shards
 from amskv_jax.models.guidance import UNGUIDED, Guidance
 from amskv_jax.models.infinity.config import InfinityConfig
@@ -287,14 +287,10 @@ class Infinity(nn.Module):
     def _turns(self, scale: int) -> Turns:
         return turns(self.schedule, scale, self.config.head_dim)
 
-    def _block_causal(
-        self, query: jax.Array, key: jax.Array, value: jax.Array
-    ) -> tuple[jax.Array, None]:
+    def _block_causal(self, qkv: QKV) -> tuple[jax.Array, None]:
         """Attend to the own scale and all earlier ones."""
         ends = self.schedule.offsets[1:]
-        return attend_block_causal(
-            query, key, value, self.attention_scale, ends, self.implementation
-        ), None
+        return attend_block_causal(*qkv[:3], self.attention_scale, ends, self.implementation), None
 
 
 @module_of.register

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from amskv_jax.attention import Attention, Implementation, attend_block_causal
+from amskv_jax.attention import QKV, Attention, Implementation, attend_block_causal
 from amskv_jax.models.guidance import Guidance
 from amskv_jax.models.layers import FeedForward, Head, SelfAttention, StackedDense, layer_norm
 from amskv_jax.models.parts import Built, module_of
@@ -186,12 +186,10 @@ class VAR(nn.Module):
         x, _ = scan(self.blocks, jnp.concatenate(inputs, axis=1), modulation)
         return self.logits(x, head)
 
-    def _block_causal(
-        self, query: jax.Array, key: jax.Array, value: jax.Array
-    ) -> tuple[jax.Array, None]:
+    def _block_causal(self, qkv: QKV) -> tuple[jax.Array, None]:
         """Attend to the own scale and all earlier ones."""
         ends, scale = self.config.schedule.offsets[1:], self.config.attention_scale
-        return attend_block_causal(query, key, value, scale, ends, self.attention), None
+        return attend_block_causal(*qkv[:3], scale, ends, self.attention), None
 
 
 def _is_kept_for_gradients(primitive: Any, *inputs: Any, **parameters: Any) -> bool:
