@@ -188,6 +188,8 @@ def fused_attention(
                     return to_log2
                 own_temperature = temperature_ref[place(unit, head)[1]]
                 norm = norms([own_query.at[group, half] for half in range(halves)])
+                if not single:  # or else copies of the next queries might overtake reading
+                    plgpu.commit_smem()
                 return to_log2 * own_temperature / norm
 
             def visit(unit: Any, factor: Any, step: Step, i: Any, number: Any, carry: Any) -> Any:
@@ -211,17 +213,18 @@ def fused_attention(
                     if step.rounds > 1:
                         is_last &= i + 1 == step.rounds
                     pl.when(is_last)(lambda: load_queries(unit + 1))
-                (source, first, _, end), *others = step.parts
+                (source, first, _, valid), *others = step.parts
                 of_cache = ragged and source == 0
-                if of_cache or end is not None:
+                if of_cache or valid is not None:
                     position = plgpu.broadcasted_iota(
                         jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA
                     )
                     # Plus a zero that the compiler does not know: it would compute the mask once
                     # for all units, and hold it in more registers than there are.
                     unknown = 0 if single else lax.shift_right_logical(number, jnp.int32(30))
+                    end: Any = valid
                     for other, own in enumerate(others, 1):
-                        end = jnp.where(i == other, own.valid, end)
+                        end = jnp.where(i == other, own.valid or step.width, end)
                     if of_cache:
                         row, own_head, _ = place(unit, head)
                         end = lengths_ref[row, own_head] + spans[0][0] - first - i * cut.keys

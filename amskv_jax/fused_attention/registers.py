@@ -18,7 +18,7 @@ def full(shape: tuple[int, ...], fill: float, layout: Any) -> jax.Array:
     return plgpu.layout_cast(jnp.full(shape, fill, jnp.float32), layout)
 
 
-def of_rows(x: Any, shape: tuple[int, int]) -> Any:
+def of_rows(x: Any, shape: tuple[int, ...]) -> Any:
     """Return a number of every query [64] in all of its row [64, N]; a number of all as it is."""
     return lax.broadcast_in_dim(x, shape, [0]) if jnp.ndim(x) else x
 
