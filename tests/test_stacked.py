@@ -1,6 +1,7 @@
 """Products with stacked weights: in Pallas' interpreter, and wherever they are copied."""
 
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 
 import chex
@@ -77,9 +78,24 @@ def test_blocks_take_the_kernel_where_it_pays(monkeypatch):
     with interpreter(detect_races=False):
         text = str(jax.make_jaxpr(lambda own: module.apply({"params": own}, x))(own))
         found = module.apply({"params": own}, x)
-    assert text.count("name=product_of_layer") == 2
+    assert text.count("name=_padded_product") == 2
     plain = module.apply({"params": jax.tree.map(lambda leaf: leaf[1], params)}, x)
     np.testing.assert_allclose(found.astype(jnp.float32), plain.astype(jnp.float32), atol=0.02)
+
+
+@interpreted
+def test_a_kernel_serves_all_numbers_of_tokens_of_its_size():
+    from amskv_jax.stacked.kernel import product_of_layer
+
+    x, stack, bias = operands(32, 64, 64)
+
+    def products(x, stack, bias):
+        few = partial(product_of_layer, stack=stack, layer=jnp.int32(1), bias=bias, gelu=False)
+        return few(x), few(x[:18]), few(x[:2])
+
+    with interpreter(detect_races=False):
+        lowered = jax.jit(products).lower(x, stack, bias)
+    assert lowered.as_text().count("func.func private @_padded_product") == 1
 
 
 def test_larger_products_copy_their_layer():

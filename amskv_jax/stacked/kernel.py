@@ -19,8 +19,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from amskv_jax.stacked.sizes import CHUNK, GRANULE, SIZES, splits_for, stages_for
 
 
-# A program of its own within others, so that products of equal sizes are lowered once.
-@partial(jax.jit, static_argnames=("gelu",))
 def product_of_layer(
     x: jax.Array, stack: jax.Array, layer: jax.Array, bias: jax.Array, *, gelu: bool
 ) -> jax.Array:
@@ -38,9 +36,19 @@ def product_of_layer(
     Returns:
       [T, out] bfloat16.
     """
-    (count, inputs), outputs = x.shape, stack.shape[2]
-    tokens = next(size for size in SIZES if size >= count)
-    x = jnp.pad(x, ((0, tokens - count), (0, 0)))
+    padding = next(size for size in SIZES if size >= len(x)) - len(x)
+    padded = jnp.pad(x, ((0, padding), (0, 0)))
+    return _padded_product(padded, stack, layer, bias, gelu=gelu)[: len(x)]
+
+
+# A program of its own within others, so that it is lowered once for every size: that takes most of
+# a second.
+@partial(jax.jit, static_argnames=("gelu",))
+def _padded_product(
+    x: jax.Array, stack: jax.Array, layer: jax.Array, bias: jax.Array, *, gelu: bool
+) -> jax.Array:
+    """Do what ``product_of_layer`` does, for one of ``SIZES``."""
+    (tokens, inputs), outputs = x.shape, stack.shape[2]
     steps, splits = inputs // GRANULE, splits_for(inputs, outputs)
     stages, chunk = stages_for(tokens, steps // splits), min(CHUNK, tokens)
 
@@ -139,8 +147,8 @@ def product_of_layer(
         ),
     )(x, stack, jnp.reshape(layer, (1,)).astype(jnp.int32), bias)
     if splits == 1:
-        return y[0, :count]
-    sums = y.sum(0)[:count] + bias[None].astype(jnp.float32)
+        return y[0]
+    sums = y.sum(0) + bias[None].astype(jnp.float32)
     return (jax.nn.gelu(sums, approximate=True) if gelu else sums).astype(x.dtype)
 
 

@@ -18,7 +18,7 @@ MOST_TOKENS = SIZES[-1]
 """Tokens of all rows up to which the kernel is used. With 2 to 32 it takes 0.44 to 0.49 of the time
 of copying and cuBLAS, with 128 0.51 to 0.54 (H100, widths of 1920 to 2304). More would gain less,
 and each size of each product takes half a second to compile."""
-MOST_ROWS = SIZES[0]
+MOST_ROWS = 16
 """Batch rows up to which it is used: more have hardly a step of so few tokens."""
 
 
