@@ -206,12 +206,11 @@ def attend_to_cache(
     # Half a second, and of no use to most.
     from amskv_jax.fused_attention.kernel import fused_attention  # noqa: PLC0415
 
-    query, value, temperature, first_heads = qkv.query, qkv.value, None, (0, 0)
+    query, value, temperature, first_value = qkv.query, qkv.value, None, 0
     if qkv.product is not None:
         value, temperature = qkv.product
+        first_value = 2 * qkv.key.shape[2]
         query = query if temperature is None else value
-        heads = qkv.key.shape[2]
-        first_heads = 0, 2 * heads
     return fused_attention(
         query,
         cached.keys,
@@ -221,7 +220,7 @@ def attend_to_cache(
         value,
         lengths,
         temperature,
-        first_heads=first_heads,
+        first_value=first_value,
         spans=cached.spans,
         scale=scale,
     )

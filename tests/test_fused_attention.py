@@ -74,7 +74,7 @@ def test_kernel_attends_to_cache_and_own_tokens(monkeypatch, case):
         together if product else value,
         None if lengths is None else jnp.array([lengths] * rows),
         jnp.array(temperature) if product else None,
-        first_heads=(0, 2 * heads) if product else (0, 0),
+        first_value=2 * heads if product else 0,
         spans=spans,
         scale=0.2,
         blocks=blocks,

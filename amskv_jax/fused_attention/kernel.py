@@ -41,7 +41,7 @@ REGISTERS = {2: (232, 40), 3: (152, 40)}
 """Attending warpgroups -> registers that each of their threads, and of those that copy, gets."""
 
 
-@partial(jax.jit, static_argnames=("first_heads", "spans", "scale", "blocks", "interpret"))
+@partial(jax.jit, static_argnames=("first_value", "spans", "scale", "blocks", "interpret"))
 def fused_attention(
     query: jax.Array,
     keys: jax.Array,
@@ -54,26 +54,26 @@ def fused_attention(
     *,
     spans: Spans,
     scale: float,
-    first_heads: tuple[int, int] = (0, 0),
+    first_value: int = 0,
     blocks: Blocks | None = None,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Return softmax(scale * query K^T) V, K and V being cached tokens and then own ones.
 
     Args:
-      query: [rows, T, heads or more, head_dim] bfloat16, head_dim 64 or 128.
+      query: [rows, T, heads, head_dim] bfloat16, head_dim 64 or 128. There may be more heads.
       keys: a buffer [layers, rows, capacity, heads, head_dim] bfloat16.
       values: likewise.
       layer: which of its layers is read, int32 scalar.
       key: of the own tokens, [rows, S, heads, head_dim] bfloat16.
-      value: likewise, of as many heads or more.
+      value: likewise; there may be more heads, and it may be the same array as ``query``.
       lengths: how many tokens of the only span count, from its first on, for every batch row and
         head, [rows, heads] int32; None for all of all spans.
       temperature: of every head, [heads] float32: queries are brought to unit length and
         multiplied by it; None for queries as they are.
       spans: slots of the buffer which are read; what lies in others must be finite.
       scale: factor of the logits.
-      first_heads: which heads of ``query`` and ``value``, which may be one array, are the first.
+      first_value: the head of ``value`` that belongs to the first one of ``query``.
       blocks: how the work is cut; by default what ``blocks_for`` finds.
       interpret: parameters of Pallas' interpreter, to run it on a CPU.
 
@@ -83,7 +83,6 @@ def fused_attention(
     """
     rows, tokens, _, head_dim = query.shape
     heads = key.shape[2]
-    first_query, first_value = first_heads
     cut = blocks or blocks_for(tokens, rows * heads, head_dim)
     halves = head_dim // WIDTH
     parts = -(-tokens // (QUERIES * cut.queries))  # of a head's queries
@@ -140,14 +139,15 @@ def fused_attention(
                 lax.fori_loop(0, unit_count, body, jnp.int32(0))
 
         def over_rounds(
-            blocks: Step | Part, visit: Callable[..., Any], number: Any, carry: Any
+            rounds: int, visit: Callable[..., Any], number: Any, carry: Any
         ) -> tuple[Any, Any]:
             """Visit some blocks of keys, which are numbered through all units."""
-            rounds = blocks.rounds
-            if rounds == 1:
-                return number + 1, visit(0, number, carry)
-            body = lambda i, carry: visit(i, number + i, carry)  # noqa: E731
-            return number + rounds, lax.fori_loop(0, rounds, body, carry)
+
+            def body(i: Any, carry: Any) -> Any:
+                return visit(i, number + i, carry)
+
+            carry = body(0, carry) if rounds == 1 else lax.fori_loop(0, rounds, body, carry)
+            return number + rounds, carry
 
         def part_of(tile: Any, slot: Any, half: int, width: int) -> Any:
             whole = width == cut.keys
@@ -162,14 +162,10 @@ def fused_attention(
 
             def load_queries(unit: Any) -> None:
                 row, own_head, first = place(unit, head)
+                queries = pl.ds(first + part * QUERIES, QUERIES)
                 for half in range(halves):
                     plgpu.copy_gmem_to_smem(
-                        query_ref.at[
-                            row,
-                            pl.ds(first + part * QUERIES, QUERIES),
-                            own_head + first_query,
-                            channels(half),
-                        ],
+                        query_ref.at[row, queries, own_head, channels(half)],
                         query_copy.at[group, half],
                         query_filled.at[group],
                     )
@@ -264,7 +260,7 @@ def fused_attention(
                 factor = factor_of(unit)
                 for step in steps:
                     number, carry = over_rounds(
-                        step, partial(visit, unit, factor, step), number, carry
+                        step.rounds, partial(visit, unit, factor, step), number, carry
                     )
                 sums, most, total = carry
                 if not single:  # until what was written before has been read
@@ -327,7 +323,7 @@ def fused_attention(
                 for step in steps:
                     for part in step.parts:
                         number, _ = over_rounds(
-                            part, partial(visit, part, step.width), number, jnp.int32(0)
+                            part.rounds, partial(visit, part, step.width), number, jnp.int32(0)
                         )
                 return number
 
