@@ -33,18 +33,8 @@ CASES = [
     (2, 2, 64, ((3, 50), (60, 55)), None, 169, 130, Blocks(3, 1, 128, 2), 3, True),  # in turn
     (1, 3, 64, (), None, 128, 40, Blocks(1, 3, 64, 2), 1, True),  # several heads, nothing cached
     (1, 1, 128, ((0, 130),), None, 200, 140, Blocks(2, 1, 128, 2, True, False), 132, True),
-    (
-        1,
-        3,
-        64,
-        ((0, 75),),
-        (70, 0, 9),
-        36,
-        75,
-        Blocks(1, 1, 64, 2),
-        1,
-        False,
-    ),  # heads hold as they like
+    # heads hold as they like, of whole blocks too
+    (1, 3, 64, ((0, 150),), (130, 0, 70), 36, 150, Blocks(1, 1, 64, 2), 1, False),
 ]
 
 
