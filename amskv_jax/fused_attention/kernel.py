@@ -160,9 +160,13 @@ def fused_attention(
             head = lax.div(group, jnp.int32(cut.queries)) if cut.heads > 1 else 0
             part = lax.rem(group, jnp.int32(cut.queries)) if cut.heads > 1 else group
 
-            def load_queries(unit: Any) -> None:
+            def own_place(unit: Any) -> tuple[Any, Any, Any]:
+                """Return batch row, queries and head of this warpgroup in one of the units."""
                 row, own_head, first = place(unit, head)
-                queries = pl.ds(first + part * QUERIES, QUERIES)
+                return row, pl.ds(first + part * QUERIES, QUERIES), own_head
+
+            def load_queries(unit: Any) -> None:
+                row, queries, own_head = own_place(unit)
                 for half in range(halves):
                     plgpu.copy_gmem_to_smem(
                         query_ref.at[row, queries, own_head, channels(half)],
@@ -270,8 +274,7 @@ def fused_attention(
                     own_output.at[group, half][...] = whole.astype(query.dtype)
                 sums_tile.at[group][...] = (most + jnp.log2(total)) * math.log(2)
                 plgpu.commit_smem()
-                row, own_head, first = place(unit, head)
-                queries = pl.ds(first + part * QUERIES, QUERIES)
+                row, queries, own_head = own_place(unit)
                 for half in range(halves):
                     target = output_ref.at[row, queries, own_head, channels(half)]
                     plgpu.copy_smem_to_gmem(output_copy.at[group, half], target)

@@ -16,7 +16,6 @@ from amskv_jax.errors import AmskvError, UsageError
 
 Mode = Literal["paper", "reference"]
 
-
 PROBABILITY_BYTES = 2**25
 """Most bytes of float32 attention probabilities that are held at once: what a large GPU's cache
 holds, as they are read more than once."""
