@@ -1,4 +1,4 @@
-"""Products in float8_e4m3fn: which, with which scales, and on which devices.
+"""Products in float8_e4m3fn: with which scales, and on which devices.
 
 Weights are rounded once, when they are loaded, times a power of two per layer; activations where
 they are used, as they are. No finer scale is more exact: a floating-point number keeps its relative
@@ -16,12 +16,11 @@ from flax import struct
 from jax import lax
 
 from amskv_jax.errors import AmskvError
+from amskv_jax.hopper import VERSIONS, has_mosaic
 from amskv_jax.precision import FLOAT8
 
 LARGEST = 448.0
 """The largest number of float8_e4m3fn, which has no infinity: what is larger must be cut off."""
-GRANULE = 16
-"""cuBLASLt takes float8 matrices whose sides are multiples of this."""
 CAPABILITY = 8.9
 """Compute capability from which NVIDIA GPUs multiply float8 numbers: Ada, Hopper and later."""
 
@@ -37,20 +36,6 @@ class Float8Weight:
 
     transposed: jax.Array
     scale: jax.Array
-
-
-def is_float8(path: str, shape: tuple[int, ...], dtype: str) -> bool:
-    """Return whether the product with a parameter is in float8 where products are in ``dtype``.
-
-    These are those that ``FLOAT8`` names and cuBLASLt can take.
-
-    Args:
-      path: "part/path" of the parameter.
-      shape: of all layers.
-      dtype: any; none is in float8 if it is not one of ``FLOAT8``.
-    """
-    kernels = {f"transformer/blocks/{layer}/kernel" for layer in FLOAT8.get(dtype, ())}
-    return path in kernels and not any(side % GRANULE for side in shape[-2:])
 
 
 @jax.jit
@@ -76,19 +61,33 @@ def float8_product(x: jax.Array, weight: Float8Weight) -> jax.Array:
     The operands are those of a bfloat16 product, all of which float8 can hold: where a device has
     no float8 units, or XLA does not know the pattern, the result is the same.
     """
-    rounded = jnp.clip(x, -LARGEST, LARGEST).astype(jnp.float8_e4m3fn)
+    if x.dtype != jnp.float8_e4m3fn:
+        x = jnp.clip(x.astype(jnp.bfloat16), -LARGEST, LARGEST).astype(jnp.float8_e4m3fn)
     numbers = weight.transposed.astype(jnp.bfloat16) * weight.scale
     dimensions = (((x.ndim - 1,), (1,)), ((), ()))
-    return lax.dot_general(rounded.astype(jnp.bfloat16), numbers, dimensions)
+    return lax.dot_general(x.astype(jnp.bfloat16), numbers, dimensions)
 
 
 def check_float8(dtype: str) -> None:
-    """Raise an AmskvError if products in ``dtype`` are float8 and the default device has none."""
+    """Raise an AmskvError if the default device can't compute fast what ``dtype`` says of products.
+
+    These are float8 products, for which it needs the units, and for some choices products in whole
+    numbers, for which it needs the kernel.
+    """
     if dtype not in FLOAT8:
         return
     device: Any = jax.devices()[0]
     capability = str(getattr(device, "compute_capability", ""))
     if device.platform == "gpu" and re.fullmatch(r"\d+\.\d+", capability):
+        if float(capability) >= CAPABILITY and "int8" in FLOAT8[dtype].values():
+            if has_mosaic():
+                return
+            raise AmskvError(
+                f"--dtype {dtype} needs a GPU of compute capability 9.0, such as H100, and "
+                f"JAX {'.'.join(map(str, VERSIONS[0]))} or later; found {device.device_kind}, of "
+                f"compute capability {capability}, and JAX {jax.__version__}. Draw with --dtype "
+                "float8-fast or bfloat16"
+            )
         if float(capability) >= CAPABILITY:
             return
         found = f"{device.device_kind}, of compute capability {capability},"

@@ -23,6 +23,8 @@ from jax.typing import DTypeLike
 from amskv_jax.errors import AmskvError, UsageError
 
 DATA, MODEL = "data", "model"
+TRANSPOSED, CHANNEL_SCALE = "transposed", "channel_scale"
+"""Parts of a kernel in 8 bits: its numbers, with the last axes swapped, and scales."""
 
 
 class Share(NamedTuple):
@@ -196,17 +198,21 @@ class MeshShape:
     def _share(self, path: str) -> Share | None:
         if self.model == 1:
             return None
-        kernel = path.removesuffix("/transposed")  # of a float8 weight, whose last axes are swapped
-        found = (s for end, s in SHARES.items() if f"/{kernel}".endswith(f"/{end}"))
-        share = next(found, None)
-        if share is None or kernel == path:
-            return share
-        return share._replace(axis=-3 - share.axis)
+        kernel, _, leaf = path.rpartition("/")
+        of_eight_bits = leaf in (TRANSPOSED, CHANNEL_SCALE)
+        ending = f"/{kernel if of_eight_bits else path}"
+        share = next((s for end, s in SHARES.items() if ending.endswith(f"/{end}")), None)
+        if share is not None and leaf == TRANSPOSED:
+            return share._replace(axis=-3 - share.axis)
+        if share is not None and leaf == CHANNEL_SCALE and share.axis != -1:
+            return None  # the contracted channels are shared out, which it has none of
+        return share
 
     def _viewed(self, path: str, leaf: Any) -> Any:
         """Return a parameter with the parts of its last axis on an axis of their own."""
         share = self._share(path)
-        if share is None or share.parts == 1 or leaf.ndim == 4:
+        parted = 3 if path.endswith(CHANNEL_SCALE) else 4
+        if share is None or share.parts == 1 or leaf.ndim == parted:
             return leaf
         return leaf.reshape(share.split(leaf.shape))
 

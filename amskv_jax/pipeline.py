@@ -43,8 +43,9 @@ class Pipeline:
       model: the model's shape.
       params: the weights, a tree per part.
       schedule: what is drawn.
-      dtype: "float32" or "bfloat16", of weights, matrix products and cache; or "float8", of the
-        products that ``float8.KERNELS`` names and their weights, all else being in bfloat16.
+      dtype: "float32" or "bfloat16", of weights, matrix products and cache; or one of
+        ``precision.FLOAT8``, of the products that it names and their weights, all else being in
+        bfloat16.
       drawing: how pictures are drawn unless a call says otherwise.
       fingerprint: of the weights, see ``checkpoints.weights.Fingerprint``.
       classes: names of the classes; none if they are not known.

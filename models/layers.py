@@ -15,7 +15,7 @@ from amskv_jax.float8 import Float8Weight, float8_product
 from amskv_jax.mesh import gathered, shards, summed
 from amskv_jax.packed_weight import is_packed, widened
 from amskv_jax.precision import precision_of
-from amskv_jax.stacked import StackedWeight
+from amskv_jax.stacked import Int8Weight, StackedWeight
 
 NORM_EPSILON = 1e-6
 MAX_LOG_TEMPERATURE = math.log(100.0)
@@ -28,18 +28,21 @@ def per_channel(vector: jax.Array, x: jax.Array) -> jax.Array:
 
 def layer_norm(x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
     """Return the normalised ``x * (1 + scale) + shift``, in float32, with no gain of its own."""
-    x = x.astype(jnp.float32)
+    shape = x.shape
+    x = x.astype(jnp.float32).reshape(-1, shape[-1])  # see ``normalize_heads``
     centred = x - x.mean(-1, keepdims=True)
     variance = jnp.square(centred).mean(-1, keepdims=True)
-    normalised = centred * lax.rsqrt(variance + NORM_EPSILON)
+    normalised = (centred * lax.rsqrt(variance + NORM_EPSILON)).reshape(shape)
     return normalised * (1 + scale.astype(jnp.float32)) + shift.astype(jnp.float32)
 
 
 def normalize_heads(x: jax.Array) -> jax.Array:
     """Return vectors of unit length along the last axis, in float32."""
-    x = x.astype(jnp.float32)
+    # With few axes: XLA tries tiles of all shapes, which took a third of the sampler's compilation.
+    shape = x.shape
+    x = x.astype(jnp.float32).reshape(-1, *shape[-2:])
     norm = jnp.sqrt(jnp.square(x).sum(-1, keepdims=True))
-    return x / jnp.maximum(norm, 1e-12)
+    return (x / jnp.maximum(norm, 1e-12)).reshape(shape)
 
 
 class RMSNorm(nn.Module):
@@ -64,33 +67,41 @@ class BlockDense(nn.Module):
       dtype: of product and output.
       is_shared: devices share the contracted channels, so that their products are summed.
       gelu: whether a tanh-approximated GELU follows.
+      output: the type to which the next product rounds, where this one can do it already.
     """
 
     features: int
     dtype: Any = jnp.float32
     is_shared: bool = False
     gelu: bool = False
+    output: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
         """Map [..., in] to [..., features]; a bias [features] that is given is no parameter."""
         kept: Any = self.get_variable("params", "kernel")
-        if not isinstance(kept, Float8Weight | StackedWeight):
+        if not isinstance(kept, Float8Weight | Int8Weight | StackedWeight):
             init, shape = nn.initializers.lecun_normal(), (x.shape[-1], self.features)
             kept = self.param("kernel", init, shape)
         if bias is None:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        bias, x = bias.astype(self.dtype), x.astype(self.dtype)
+        bias = bias.astype(self.dtype)
+        if isinstance(kept, Int8Weight):
+            return kept.product(x, bias, gelu=self.gelu, dtype=self.output or self.dtype)
+        if isinstance(kept, Float8Weight):
+            y = float8_product(x, kept).astype(self.dtype)
+            return self._completed(y, bias)
+        x = x.astype(self.dtype)
         if isinstance(kept, StackedWeight):
             if kept.pays(x) and shards() == 1:
                 return kept.product(x, bias, self.gelu)
             kept = kept.copied()
-        if isinstance(kept, Float8Weight):
-            y = float8_product(x, kept).astype(self.dtype)
-        else:
-            dimensions = (((x.ndim - 1,), (0,)), ((), ()))
-            precision = precision_of(self.dtype)
-            y = lax.dot_general(x, kept.astype(self.dtype), dimensions, precision=precision)
+        dimensions = (((x.ndim - 1,), (0,)), ((), ()))
+        precision = precision_of(self.dtype)
+        y = lax.dot_general(x, kept.astype(self.dtype), dimensions, precision=precision)
+        return self._completed(y, bias)
+
+    def _completed(self, y: jax.Array, bias: jax.Array) -> jax.Array:
         y = summed(y) if self.is_shared else y
         y += per_channel(bias, y)
         return nn.gelu(y, approximate=True) if self.gelu else y
@@ -154,12 +165,19 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map [rows, T, D] to [rows, T, D]."""
-        up = BlockDense(self.hidden // shards(), dtype=self.dtype, gelu=True, name="up")
+        own: Any = self.variables.get("params", {})
+        first, second = (own.get(name, {}).get("kernel") for name in ("up", "down"))
+        up = BlockDense(
+            self.hidden // shards(),
+            dtype=self.dtype,
+            gelu=True,
+            output=jnp.float8_e4m3fn if isinstance(second, Float8Weight) else None,
+            name="up",
+        )
         down = BlockDense(x.shape[-1], dtype=self.dtype, is_shared=True, name="down")
-        own: dict[str, Any] = self.variables.get("params", {}).get("up", {})
         # As one row of tokens in float8: nothing may stand between the first product, GELU and the
         # rounding if they are to be one call of cuBLASLt.
-        flat = isinstance(own.get("kernel"), Float8Weight)
+        flat = isinstance(first, Float8Weight)
         tokens = x.reshape(-1, x.shape[-1]) if flat else x
         return down(up(tokens)).reshape(x.shape)
 

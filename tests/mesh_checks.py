@@ -280,10 +280,14 @@ def test_published_models_share_nearly_all_weights_out(name):
     assert held < 0.54 * whole
 
 
-@pytest.mark.parametrize(("name", "mesh"), [("var", "model=4"), ("infinity", BOTH)])
-def test_float8_kernels_are_shared_out(name, mesh, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "mesh", "first"),
+    [("var", "model=4", "float8_e4m3fn"), ("var", "model=4", "int8"), ("infinity", BOTH, "int8")],
+)
+def test_float8_kernels_are_shared_out(name, mesh, first, monkeypatch):
     """Transposed as they are; sums over devices are rounded to bfloat16 once more."""
-    layers = "attention/qkv", "attention/out", "mlp/up", "mlp/down"
+    layers = dict.fromkeys(("attention/out", "mlp/down"), "float8_e4m3fn")
+    layers |= {"attention/qkv": first, "mlp/up": first}
     monkeypatch.setitem(FLOAT8, "float8", layers)
     shape, model = MeshShape.parse(mesh), MODELS[name]
     whole, shared = (

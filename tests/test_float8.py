@@ -11,8 +11,9 @@ from checks import message
 from amskv_jax.checkpoints.initialize import random_params
 from amskv_jax.checkpoints.weights import part_structs
 from amskv_jax.device_memory import predict_on_gpu
+from amskv_jax.eight_bits import rounding_of
 from amskv_jax.evaluation.score import score
-from amskv_jax.float8 import check_float8, float8_product, float8_weight, is_float8
+from amskv_jax.float8 import check_float8, float8_product, float8_weight
 from amskv_jax.generate import program
 from amskv_jax.models.infinity.prompts import TextFeatures
 from amskv_jax.pipeline import Pipeline, load
@@ -91,15 +92,19 @@ def test_losses_are_near_those_of_bfloat16(name, dtype):
 
 
 def test_which_products():
+    def kind(path, shape, dtype):
+        rounding = rounding_of(path, shape, dtype)
+        return None if rounding is None else type(rounding(jnp.ones(shape))).__name__
+
     down = "blocks/mlp/down/kernel"
-    assert is_float8(f"transformer/{down}", (30, 7680, 1920), "float8")
-    assert not is_float8(f"transformer/{down}", (30, 7688, 1920), "float8")  # no multiple of 16
-    assert not is_float8("transformer/blocks/attention/out/kernel", (30, 1920, 1920), "float8-fast")
-    up = "transformer/blocks/mlp/up/kernel", (30, 1920, 7680)
-    assert is_float8(*up, "float8-fast")
-    assert not is_float8(*up, "float8")
-    assert not is_float8(*up, "bfloat16")
-    assert not is_float8(f"text_encoder/{down}", (24, 5120, 2048), "float8")
+    assert kind(f"transformer/{down}", (3, 64, 16), "float8") == "Float8Weight"
+    assert kind(f"transformer/{down}", (3, 72, 16), "float8") is None  # no multiple of 16
+    assert kind(f"text_encoder/{down}", (3, 64, 16), "float8") is None
+    assert kind("transformer/blocks/attention/out/kernel", (3, 16, 16), "float8") is None
+    for layer in ("mlp/up", "attention/qkv"):
+        path = f"transformer/blocks/{layer}/kernel"
+        assert kind(path, (3, 16, 48), "float8") == "Int8Weight"
+        assert kind(path, (3, 16, 48), "bfloat16") is None
 
 
 def test_checkpoints_are_rounded_when_they_are_loaded(checkpoint):
@@ -120,7 +125,7 @@ def test_memory_is_predicted():
         pipe = Pipeline(TINY_VAR, None, TINY_VAR.schedule, dtype, TINY_VAR.drawing)
         terms[dtype] = predict_on_gpu(pipe.sampler(), 256).terms
     depth, width = TINY_VAR.transformer.depth, TINY_VAR.transformer.width
-    saved = depth * (4 * width**2 - 2)  # less a scale of two bytes per layer
+    saved = depth * (11 * width**2 - 2 - 4 * 7 * width)  # less scales of layers and channels
     weights = [terms[dtype]["weights of the transformer"] for dtype in terms]
     assert weights[0] - weights[1] == saved
     assert terms["float8"]["cache"] == terms["bfloat16"]["cache"]
@@ -152,7 +157,15 @@ def test_devices_without_are_refused(monkeypatch, checkpoint, amskv, tmp_path):
     check_float8("bfloat16")
     for capability in ("8.9", "9.0", "10.0", "12.0"):
         on(capability)
-        check_float8("float8")
+        check_float8("float8-fast")
+    said = message(check_float8, "float8")
+    assert "found NVIDIA A100-SXM4-80GB, of compute capability 12.0, and JAX" in said
+    assert said.endswith("Draw with --dtype float8-fast or bfloat16")
+    on("9.0", kind="NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 0))
+    check_float8("float8")
+    monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
+    assert "such as H100, and JAX 0.11 or later" in message(check_float8, "float8")
     on("gfx942", kind="AMD Instinct MI300X")
     assert message(check_float8, "float8").startswith("AMD Instinct MI300X (gpu) has no")
 

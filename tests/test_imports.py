@@ -19,7 +19,7 @@ FOLDERS = {
 FLOORS = [
     ["errors", "words", "precision", "schedule", "hopper"],
     ["files", "resize", "numbers", "packed_weight", "float8", "stacked", "fused_attention"],
-    ["attention", "similarity", "sampling", "mesh"],
+    ["attention", "similarity", "sampling", "mesh", "eight_bits"],
     ["plan"],
     ["policies", "models"],
     ["cache"],

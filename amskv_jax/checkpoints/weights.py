@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from amskv_jax.eight_bits import rounding_of
 from amskv_jax.errors import AmskvError
-from amskv_jax.float8 import float8_weight, is_float8
 from amskv_jax.models.kinds import optional_parts, param_shapes
 from amskv_jax.models.protocol import Model
 from amskv_jax.packed_weight import PackedWeight
@@ -138,7 +138,8 @@ def put_weight(
     """
     target = storage_dtype(path, activation_dtype(dtype))
     placed = put(path, leaf.astype(target, copy=False))
-    return float8_weight(placed) if is_float8(path, leaf.shape, dtype) else placed
+    rounding = rounding_of(path, leaf.shape, dtype)
+    return placed if rounding is None else rounding(placed)
 
 
 def packed_stacks(path: str, shape: Shape) -> bool:
@@ -166,8 +167,8 @@ def part_structs(model: Model, part: str, dtype: str, *, low_memory: bool = Fals
         if low_memory and packed_stacks(path, shape):
             scale = struct((*shape[:-2], 1, shape[-1]), jnp.float32)
             flat[path] = PackedWeight(struct(shape, jnp.int8), scale, numbers.name)
-        elif is_float8(f"{part}/{path}", shape, dtype):
-            flat[path] = jax.eval_shape(float8_weight, struct(shape, numbers))
+        elif rounding := rounding_of(f"{part}/{path}", shape, dtype):
+            flat[path] = jax.eval_shape(rounding, struct(shape, numbers))
         else:
             flat[path] = struct(shape, numbers)
     return unflatten_dict(flat, sep="/")
