@@ -35,6 +35,14 @@ def exact(x, kernel, bias, gelu):
     return np.asarray(jax.nn.gelu(jnp.asarray(y), approximate=True)) if gelu else y
 
 
+def filled(x, size):
+    """Stand for ``padded_int8_tokens``, whose dialect this interpreter does not know."""
+    rounded, scale = int8.int8_tokens(x)
+    missing = size - len(x)
+    padding = ((0, missing), (0, 0))
+    return jnp.pad(rounded, padding, constant_values=99), jnp.pad(scale, (0, missing), mode="edge")
+
+
 @pytest.mark.parametrize("gelu", [False, True])
 def test_products_are_those_of_numpy(gelu):
     """A token and a channel of zeros among them."""
@@ -71,7 +79,9 @@ def test_kernel_computes_the_product(
     monkeypatch.setattr(int8, "has_mosaic", lambda: True)
     monkeypatch.setattr(int8_kernel, "processors", lambda: 2)
     monkeypatch.setattr(int8_kernel, "INT8_PADDED", 256)
+    monkeypatch.setattr(int8_kernel, "padded_int8_tokens", filled)
     x, kernel, bias = operands(tokens, inputs, outputs)
+    x = x.astype(jnp.bfloat16)
     weight = int8_weight(kernel).of_layer(jnp.int32(2))
     parameters = mosaic_gpu.InterpretGPUParams(detect_races=detect_races)
     bias = bias.astype(jnp.bfloat16)
@@ -95,21 +105,22 @@ def test_the_kernel_serves_sizes_that_fit(monkeypatch):
 
 
 @interpreted
-def test_a_kernel_serves_all_small_numbers_of_tokens():
+def test_a_kernel_serves_all_small_numbers_of_tokens(monkeypatch):
     from jax.experimental.pallas import mosaic_gpu
 
-    from amskv_jax.stacked.int8_kernel import int8_product
+    from amskv_jax.stacked import int8_kernel
 
-    def products(x, scale, stack, channel_scale, bias):
+    monkeypatch.setattr(int8_kernel, "padded_int8_tokens", filled)
+
+    def products(x, stack, channel_scale, bias):
         def first(count):
             own = stack, channel_scale, jnp.int32(1), bias
-            return int8_product(x[:count], scale[:count], *own, gelu=False, dtype=jnp.bfloat16)
+            return int8_kernel.int8_product(x[:count], *own, gelu=False, dtype=jnp.bfloat16)
 
         return first(2), first(18), first(32)
 
     operands = (
-        jnp.zeros((32, 128), jnp.int8),
-        jnp.ones(32),
+        jnp.zeros((32, 128), jnp.bfloat16),
         jnp.zeros((2, 64, 128), jnp.int8),
         jnp.ones((2, 64)),
         jnp.zeros(64, jnp.bfloat16),
@@ -125,6 +136,20 @@ def test_tiles_fit_a_processor(outputs, columns):
     assert found == columns
     assert stages >= 4
     assert stages * (128 + columns) * INT8_SUMMED + 2 * 128 * 64 * 2 <= SHARED_BYTES
+
+
+@interpreted
+def test_few_tokens_are_rounded_into_a_larger_array():
+    from amskv_jax.stacked.int8_tokens import padded_int8_tokens
+
+    x = operands(7, 96, 32)[0].at[3].set(0).astype(jnp.bfloat16)
+    numbers, scale = padded_int8_tokens(x, 16)
+    assert (numbers.shape, scale.shape) == ((16, 96), (16,))
+    expected = int8.int8_tokens(x)
+    np.testing.assert_array_equal(scale[:7], expected[1])
+    # A half goes up in the one and to an even number in the other.
+    assert np.abs(numbers[:7].astype(np.int32) - expected[0]).max() <= 1
+    np.testing.assert_allclose(numbers[:7], np.asarray(x, np.float32) / scale[:7, None], atol=0.501)
 
 
 def test_numbers_that_float8_does_not_reach_become_its_largest():

@@ -54,14 +54,13 @@ class Int8Weight:
           [..., out].
         """
         assert self.layer is not None, "a layer is chosen"
-        rounded, token_scale = int8_tokens(x.reshape(-1, x.shape[-1]))
+        tokens = x.reshape(-1, x.shape[-1])
         if self._fits():
             # Half a second, and of no use to most.
             from amskv_jax.stacked.int8_kernel import int8_product  # noqa: PLC0415
 
             y = int8_product(
-                rounded,
-                token_scale,
+                tokens,
                 self.transposed,
                 self.channel_scale,
                 self.layer,
@@ -70,7 +69,7 @@ class Int8Weight:
                 dtype=jnp.dtype(dtype),
             )
         else:
-            y = self._product(rounded, token_scale, bias, gelu)
+            y = self._product(tokens, bias, gelu)
             if dtype == jnp.float8_e4m3fn:
                 most = float(jnp.finfo(dtype).max)
                 y = jnp.clip(y, -most, most)
@@ -82,14 +81,13 @@ class Int8Weight:
         _, outputs, inputs = self.transposed.shape
         return inputs % INT8_SUMMED == 0 and outputs % INT8_WRITTEN == 0 and has_mosaic()
 
-    def _product(
-        self, rounded: jax.Array, token_scale: jax.Array, bias: jax.Array, gelu: bool
-    ) -> jax.Array:
+    def _product(self, x: jax.Array, bias: jax.Array, gelu: bool) -> jax.Array:
         """Do what ``product`` does, in float32; the device chooses in which type numbers lie."""
 
         def own(stack: jax.Array) -> Any:
             return lax.dynamic_index_in_dim(stack, self.layer, keepdims=False)
 
+        rounded, token_scale = int8_tokens(x)
         # Both types hold the numbers; CPUs are slow in the shorter one.
         numbers = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
         y = lax.dot_general(

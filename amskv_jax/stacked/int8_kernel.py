@@ -17,6 +17,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
 from amskv_jax.hopper import processors
+from amskv_jax.stacked.int8 import int8_tokens
+from amskv_jax.stacked.int8_tokens import padded_int8_tokens
 from amskv_jax.stacked.sizes import INT8_PADDED, INT8_ROWS, INT8_SUMMED, INT8_WRITTEN, int8_tile
 
 REGISTERS = 240, 24
@@ -28,7 +30,6 @@ at about the same time stays in the GPU's cache."""
 
 def int8_product(
     x: jax.Array,
-    token_scale: jax.Array,
     stack: jax.Array,
     channel_scale: jax.Array,
     layer: jax.Array,
@@ -37,13 +38,13 @@ def int8_product(
     gelu: bool,
     dtype: DTypeLike,
 ) -> jax.Array:
-    """Return ``x @ stack[layer].T`` times both scales plus bias, and GELU of that if wanted.
+    """Return ``x @ stack[layer].T`` times the scales plus bias, and GELU of that if wanted.
 
-    Sums are exact; scales, bias and the tanh-approximated GELU are in float32, rounded once.
+    x is rounded to int8. Sums of these numbers are exact; scales, bias and the tanh-approximated
+    GELU are in float32, rounded once.
 
     Args:
-      x: [T, in] int8.
-      token_scale: [T] float32.
+      x: [T, in].
       stack: [layers, out, in] int8, see ``sizes.int8_tile`` for which sizes.
       channel_scale: [layers, out] float32.
       layer: int32 scalar.
@@ -55,11 +56,13 @@ def int8_product(
       [T, out].
     """
     tokens = len(x)
-    size = max(tokens, INT8_PADDED)
-    padded = jnp.pad(x, ((0, size - tokens), (0, 0)))
-    scales = jnp.pad(token_scale, (0, -(-size // INT8_ROWS) * INT8_ROWS - tokens))
+    if tokens < INT8_PADDED:
+        rounded, scale = padded_int8_tokens(x.astype(jnp.bfloat16), INT8_PADDED)
+    else:
+        rounded, scale = int8_tokens(x)
+        scale = jnp.pad(scale, (0, -tokens % INT8_ROWS))
     chosen = jnp.stack([layer, jnp.full_like(layer, tokens)]).astype(jnp.int32)
-    operands = padded, scales, stack, channel_scale, chosen, bias
+    operands = rounded, scale, stack, channel_scale, chosen, bias
     return _padded_product(*operands, gelu=gelu, dtype=dtype)[:tokens]
 
 

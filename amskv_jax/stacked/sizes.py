@@ -20,8 +20,8 @@ INT8_SUMMED = 128
 INT8_WRITTEN = 64
 """Output channels that a warpgroup writes at once."""
 INT8_PADDED = 8192
-"""Tokens of all rows up to which one kernel serves all: fewer are padded, which costs a copy. A
-kernel takes two seconds to compile."""
+"""Tokens of all rows up to which one kernel, which takes two seconds to compile, serves all. A
+multiple of ``INT8_ROWS``."""
 
 
 def splits_for(inputs: int, outputs: int) -> int:
