@@ -32,8 +32,8 @@ def bench(
     dtype: Annotated[
         ProductDtype,
         typer.Option(
-            help="Of weights, products and cache; float8: products that bear it, all else in "
-            "bfloat16."
+            help="Of weights, products and cache; float8, float8-fast: products with much work "
+            "in 8 bits, all else in bfloat16."
         ),
     ] = ProductDtype.BFLOAT16,
     repeats: Annotated[int, typer.Option(min=1, help="Timed calls; the median counts.")] = 3,

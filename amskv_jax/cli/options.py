@@ -122,8 +122,9 @@ ProductDtypeOption = Annotated[
     ProductDtype | None,
     typer.Option(
         "--dtype",
-        help="Of weights, products and cache; as stored if not given. float8: products that "
-        "bear it, all else in bfloat16; drawing so needs an NVIDIA GPU such as H100.",
+        help="Of weights, products and cache; as stored if not given. float8: products with "
+        "much work in 8 bits, all else in bfloat16, on GPUs such as H100; float8-fast: on Ada "
+        "and later, less exact.",
     ),
 ]
 CacheDtypeOption = Annotated[
