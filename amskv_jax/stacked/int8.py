@@ -15,10 +15,8 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from amskv_jax.hopper import has_mosaic
+from amskv_jax.stacked.int8_rounding import int8_tokens, rounded_to_int8
 from amskv_jax.stacked.sizes import INT8_SUMMED, INT8_WRITTEN
-
-LARGEST = 127
-"""The largest number: -128 is not used."""
 
 
 @struct.dataclass
@@ -107,19 +105,5 @@ def int8_weight(kernel: jax.Array) -> Int8Weight:
 
     Of the latter the numbers are [..., parts, out, in], and the scales [..., parts, out].
     """
-    numbers, scale = _rounded(kernel, axis=1)
+    numbers, scale = rounded_to_int8(kernel, axis=1)
     return Int8Weight(jnp.moveaxis(numbers, 1, -1), scale)
-
-
-def int8_tokens(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return activations [T, in] as int8, and what each token is to be multiplied with, float32."""
-    return _rounded(x, axis=1)
-
-
-def _rounded(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-    """Return int8 numbers, and the scales by which the largest along an axis is ``LARGEST``."""
-    x = x.astype(jnp.float32)
-    most = jnp.abs(x).max(axis)
-    most = jnp.where(most > 0, most, LARGEST)
-    rounded = jnp.round(x * jnp.expand_dims(LARGEST / most, axis)).astype(jnp.int8)
-    return rounded, most / LARGEST

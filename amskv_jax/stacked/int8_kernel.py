@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
 from amskv_jax.hopper import processors
-from amskv_jax.stacked.int8 import int8_tokens
+from amskv_jax.stacked.int8_rounding import int8_tokens
 from amskv_jax.stacked.int8_tokens import padded_int8_tokens
 from amskv_jax.stacked.sizes import INT8_PADDED, INT8_ROWS, INT8_SUMMED, INT8_WRITTEN, int8_tile
 

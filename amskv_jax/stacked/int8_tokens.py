@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from amskv_jax.stacked.int8 import LARGEST
+from amskv_jax.stacked.int8_rounding import LARGEST
 
 TOKENS = 4
 """Tokens that a thread block takes one after the other."""
@@ -21,7 +21,7 @@ TOKENS = 4
 
 @partial(jax.jit, static_argnames="size")
 def padded_int8_tokens(x: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """Do what ``int8.int8_tokens`` does, and leave what is beyond the tokens as it is.
+    """Do what ``int8_rounding.int8_tokens`` does, and leave what is beyond the tokens as it is.
 
     Args:
       x: [T, in].
