@@ -17,10 +17,8 @@ from jax import lax
 
 from amskv_jax.errors import AmskvError
 from amskv_jax.hopper import VERSIONS, has_mosaic
-from amskv_jax.precision import FLOAT8
+from amskv_jax.precision import FLOAT8, LARGEST_FLOAT8, to_float8
 
-LARGEST = 448.0
-"""The largest number of float8_e4m3fn, which has no infinity: what is larger must be cut off."""
 CAPABILITY = 8.9
 """Compute capability from which NVIDIA GPUs multiply float8 numbers: Ada, Hopper and later."""
 
@@ -46,7 +44,7 @@ def float8_weight(kernel: jax.Array) -> Float8Weight:
     """
     layers = kernel.shape[0]
     most = jnp.abs(kernel.reshape(layers, -1)).max(-1).astype(jnp.float32)
-    exponent = jnp.floor(jnp.log2(LARGEST / jnp.where(most > 0, most, LARGEST)))
+    exponent = jnp.floor(jnp.log2(LARGEST_FLOAT8 / jnp.where(most > 0, most, LARGEST_FLOAT8)))
     scale = jnp.exp2(exponent).astype(kernel.dtype)
     scaled = kernel * jnp.expand_dims(scale, tuple(range(1, kernel.ndim)))
     return Float8Weight(
@@ -61,8 +59,7 @@ def float8_product(x: jax.Array, weight: Float8Weight) -> jax.Array:
     The operands are those of a bfloat16 product, all of which float8 can hold: where a device has
     no float8 units, or XLA does not know the pattern, the result is the same.
     """
-    if x.dtype != jnp.float8_e4m3fn:
-        x = jnp.clip(x.astype(jnp.bfloat16), -LARGEST, LARGEST).astype(jnp.float8_e4m3fn)
+    x = to_float8(x)
     numbers = weight.transposed.astype(jnp.bfloat16) * weight.scale
     dimensions = (((x.ndim - 1,), (1,)), ((), ()))
     return lax.dot_general(x.astype(jnp.bfloat16), numbers, dimensions)
@@ -78,22 +75,23 @@ def check_float8(dtype: str) -> None:
         return
     device: Any = jax.devices()[0]
     capability = str(getattr(device, "compute_capability", ""))
+    found = f"{device.device_kind} ({device.platform})"
     if device.platform == "gpu" and re.fullmatch(r"\d+\.\d+", capability):
-        if float(capability) >= CAPABILITY and "int8" in FLOAT8[dtype].values():
-            if has_mosaic():
-                return
-            raise AmskvError(
-                f"--dtype {dtype} needs a GPU of compute capability 9.0, such as H100, and "
-                f"JAX {'.'.join(map(str, VERSIONS[0]))} or later; found {device.device_kind}, of "
-                f"compute capability {capability}, and JAX {jax.__version__}. Draw with --dtype "
-                "float8-fast or bfloat16"
-            )
-        if float(capability) >= CAPABILITY:
-            return
         found = f"{device.device_kind}, of compute capability {capability},"
-    else:
-        found = f"{device.device_kind} ({device.platform})"
+        if float(capability) >= CAPABILITY:
+            _check_kernel(dtype, found)
+            return
     raise AmskvError(
         f"{found} has no float8 products: expected an NVIDIA GPU of compute capability "
         f"{CAPABILITY} or more, such as H100. Draw with --dtype bfloat16"
     )
+
+
+def _check_kernel(dtype: str, found: str) -> None:
+    """Raise an AmskvError if ``dtype`` has products in whole numbers, and no kernel for them."""
+    if "int8" in FLOAT8[dtype].values() and not has_mosaic():
+        raise AmskvError(
+            f"--dtype {dtype} needs a GPU of compute capability 9.0, such as H100, and "
+            f"JAX {'.'.join(map(str, VERSIONS[0]))} or later; found {found} and JAX "
+            f"{jax.__version__}. Draw with --dtype float8-fast or bfloat16"
+        )

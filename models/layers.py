@@ -90,18 +90,15 @@ class BlockDense(nn.Module):
             return kept.product(x, bias, gelu=self.gelu, dtype=self.output or self.dtype)
         if isinstance(kept, Float8Weight):
             y = float8_product(x, kept).astype(self.dtype)
-            return self._completed(y, bias)
-        x = x.astype(self.dtype)
-        if isinstance(kept, StackedWeight):
-            if kept.pays(x) and shards() == 1:
-                return kept.product(x, bias, self.gelu)
-            kept = kept.copied()
-        dimensions = (((x.ndim - 1,), (0,)), ((), ()))
-        precision = precision_of(self.dtype)
-        y = lax.dot_general(x, kept.astype(self.dtype), dimensions, precision=precision)
-        return self._completed(y, bias)
-
-    def _completed(self, y: jax.Array, bias: jax.Array) -> jax.Array:
+        else:
+            x = x.astype(self.dtype)
+            if isinstance(kept, StackedWeight):
+                if kept.pays(x) and shards() == 1:
+                    return kept.product(x, bias, self.gelu)
+                kept = kept.copied()
+            dimensions = (((x.ndim - 1,), (0,)), ((), ()))
+            precision = precision_of(self.dtype)
+            y = lax.dot_general(x, kept.astype(self.dtype), dimensions, precision=precision)
         y = summed(y) if self.is_shared else y
         y += per_channel(bias, y)
         return nn.gelu(y, approximate=True) if self.gelu else y

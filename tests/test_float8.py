@@ -100,10 +100,12 @@ def test_which_products():
     assert kind(f"transformer/{down}", (3, 64, 16), "float8") == "Float8Weight"
     assert kind(f"transformer/{down}", (3, 72, 16), "float8") is None  # no multiple of 16
     assert kind(f"text_encoder/{down}", (3, 64, 16), "float8") is None
-    assert kind("transformer/blocks/attention/out/kernel", (3, 16, 16), "float8") is None
+    for dtype in ("float8", "float8-fast"):
+        assert kind("transformer/blocks/attention/out/kernel", (3, 16, 16), dtype) is None
     for layer in ("mlp/up", "attention/qkv"):
         path = f"transformer/blocks/{layer}/kernel"
         assert kind(path, (3, 16, 48), "float8") == "Int8Weight"
+        assert kind(path, (3, 16, 48), "float8-fast") == "Float8Weight"
         assert kind(path, (3, 16, 48), "bfloat16") is None
 
 

@@ -52,7 +52,7 @@ def test_products_are_those_of_numpy(gelu):
     assert weight.transposed.shape == (3, 48, 64)
     assert weight.transposed.dtype == jnp.int8
     for layer in range(3):
-        own = weight.of_layer(jnp.int32(layer))
+        own = layer_of(weight, jnp.int32(layer))
         found = own.product(x.reshape(3, 4, 64), bias, gelu=gelu, dtype=jnp.float32)
         assert found.shape == (3, 4, 48)
         expected = exact(x, kernel[layer], bias, gelu)
@@ -66,7 +66,7 @@ def test_products_are_those_of_numpy(gelu):
     [
         (200, 256, 192, False, jnp.bfloat16, False),  # a tile that ends beyond the tokens
         (128, 1280, 64, True, jnp.float8_e4m3fn, False),  # more steps than stages
-        (300, 128, 320, False, jnp.bfloat16, True),  # as many tiles as give a block some
+        (300, 128, 320, False, jnp.bfloat16, True),  # several tiles for each of two blocks
     ],
 )
 def test_kernel_computes_the_product(
@@ -82,7 +82,7 @@ def test_kernel_computes_the_product(
     monkeypatch.setattr(int8_kernel, "padded_int8_tokens", filled)
     x, kernel, bias = operands(tokens, inputs, outputs)
     x = x.astype(jnp.bfloat16)
-    weight = int8_weight(kernel).of_layer(jnp.int32(2))
+    weight = layer_of(int8_weight(kernel), jnp.int32(2))
     parameters = mosaic_gpu.InterpretGPUParams(detect_races=detect_races)
     bias = bias.astype(jnp.bfloat16)
     with mosaic_gpu.force_gpu_interpret_mode(parameters):
@@ -154,7 +154,7 @@ def test_few_tokens_are_rounded_into_a_larger_array():
 
 def test_numbers_that_float8_does_not_reach_become_its_largest():
     x, kernel, bias = operands(4, 32, 32)
-    weight = int8_weight(kernel).of_layer(jnp.int32(0))
+    weight = layer_of(int8_weight(kernel), jnp.int32(0))
     found = weight.product(x, bias + 1e4, gelu=False, dtype=jnp.float8_e4m3fn)
     np.testing.assert_array_equal(found.astype(jnp.float32), 448)
 

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 
 from amskv_jax.errors import UsageError
 from amskv_jax.numbers.quantize import Levels
+from amskv_jax.precision import LARGEST_FLOAT8, to_float8
 
 
 class Numbers(Protocol):
@@ -88,10 +89,9 @@ class Float8:
 
     def encode(self, vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
         """See ``Numbers``."""
-        largest = float(jnp.finfo(jnp.float8_e4m3fn).max)
-        scale = _scale(vectors, largest)
+        scale = _scale(vectors, LARGEST_FLOAT8)
         scaled = vectors.astype(jnp.float32) / scale.astype(jnp.float32)
-        return jnp.clip(scaled, -largest, largest).astype(jnp.float8_e4m3fn), scale
+        return to_float8(scaled), scale
 
     def decode(self, codes: tuple[jax.Array, jax.Array], dtype: DTypeLike) -> jax.Array:
         """See ``Numbers``."""

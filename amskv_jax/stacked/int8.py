@@ -5,7 +5,6 @@ seven of the largest number of a token, which norms leave not much larger than t
 of the loss (docs/performance.md).
 """
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from amskv_jax.hopper import has_mosaic
+from amskv_jax.precision import to_float8
 from amskv_jax.stacked.int8_rounding import int8_tokens, rounded_to_int8
 from amskv_jax.stacked.sizes import INT8_SUMMED, INT8_WRITTEN
 
@@ -32,10 +32,6 @@ class Int8Weight:
     transposed: jax.Array
     channel_scale: jax.Array
     layer: jax.Array | None = None
-
-    def of_layer(self, layer: jax.Array) -> "Int8Weight":
-        """Return the same weights with a layer chosen."""
-        return dataclasses.replace(self, layer=layer)
 
     def product(self, x: jax.Array, bias: jax.Array, *, gelu: bool, dtype: DTypeLike) -> jax.Array:
         """Return the product with the layer's kernel, plus the bias, and of that GELU if wanted.
@@ -68,10 +64,7 @@ class Int8Weight:
             )
         else:
             y = self._product(tokens, bias, gelu)
-            if dtype == jnp.float8_e4m3fn:
-                most = float(jnp.finfo(dtype).max)
-                y = jnp.clip(y, -most, most)
-            y = y.astype(dtype)
+            y = to_float8(y) if dtype == jnp.float8_e4m3fn else y.astype(dtype)
         return y.reshape(*x.shape[:-1], -1)
 
     def _fits(self) -> bool:

@@ -20,6 +20,7 @@ from amskv_jax.hopper import processors
 from amskv_jax.stacked.int8_rounding import int8_tokens
 from amskv_jax.stacked.int8_tokens import padded_int8_tokens
 from amskv_jax.stacked.sizes import INT8_PADDED, INT8_ROWS, INT8_SUMMED, INT8_WRITTEN, int8_tile
+from amskv_jax.stacked.tiles import shared_tiles
 
 REGISTERS = 240, 24
 """Registers of each thread of the warpgroups that multiply, and of the one that copies."""
@@ -108,7 +109,8 @@ def _padded_product(
         def place(tile: Any) -> tuple[Any, Any]:
             """Return the first token and channel of one of the block's tiles."""
             number = block + tile * blocks
-            batch, rest = _divided(number, NEIGHBOURS * across)
+            of_batch = jnp.int32(NEIGHBOURS * across)
+            batch, rest = lax.div(number, of_batch), lax.rem(number, of_batch)
             rows = lax.min(jnp.int32(NEIGHBOURS), down - batch * NEIGHBOURS)
             column, row = lax.div(rest, rows), lax.rem(rest, rows)
             return (batch * NEIGHBOURS + row) * INT8_ROWS, column * columns
@@ -211,9 +213,9 @@ def _padded_product(
         product_kernel,
         out_type=jax.ShapeDtypeStruct((tokens, outputs), dtype),
         scratch_types=(
-            _shared((stages, INT8_ROWS, INT8_SUMMED), jnp.int8),
-            _shared((stages, columns, INT8_SUMMED), jnp.int8),
-            _shared((2, INT8_ROWS, INT8_WRITTEN), dtype),
+            shared_tiles((stages, INT8_ROWS, INT8_SUMMED), jnp.int8),
+            shared_tiles((stages, columns, INT8_SUMMED), jnp.int8),
+            shared_tiles((2, INT8_ROWS, INT8_WRITTEN), dtype),
             plgpu.Barrier(num_arrivals=2, num_barriers=2 * stages),
             plgpu.Barrier(num_arrivals=1, num_barriers=2 * stages),
         ),
@@ -225,28 +227,7 @@ def _padded_product(
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
-    )(
-        x,
-        token_scale,
-        stack,
-        channel_scale,
-        chosen,
-        bias,
-    )
-
-
-def _divided(number: Any, by: int) -> tuple[Any, Any]:
-    return lax.div(number, jnp.int32(by)), lax.rem(number, jnp.int32(by))
-
-
-def _shared(shape: tuple[int, ...], dtype: DTypeLike) -> Any:
-    """Return shared memory for tiles, in the order in which copies and tensor cores want it."""
-    row = shape[-1] * jnp.dtype(dtype).itemsize
-    return plgpu.SMEM(
-        shape,
-        dtype,
-        transforms=(plgpu.TilingTransform((8, shape[-1])), plgpu.SwizzleTransform(row)),
-    )
+    )(x, token_scale, stack, channel_scale, chosen, bias)
 
 
 def _gelu(y: jax.Array) -> jax.Array:

@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from amskv_jax.stacked.sizes import CHUNK, GRANULE, SIZES, splits_for, stages_for
+from amskv_jax.stacked.tiles import shared_tiles
 
 
 def product_of_layer(
@@ -131,9 +132,9 @@ def _padded_product(
         product_kernel,
         out_type=jax.ShapeDtypeStruct((splits, tokens, outputs), dtype),
         scratch_types=(
-            _shared((stages, tokens, GRANULE), jnp.bfloat16),
-            _shared((stages, GRANULE, GRANULE), jnp.bfloat16),
-            _shared((chunk, GRANULE), dtype),
+            shared_tiles((stages, tokens, GRANULE), jnp.bfloat16),
+            shared_tiles((stages, GRANULE, GRANULE), jnp.bfloat16),
+            shared_tiles((chunk, GRANULE), dtype),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=1, num_barriers=stages),
         ),
@@ -150,12 +151,6 @@ def _padded_product(
         return y[0]
     sums = y.sum(0) + bias[None].astype(jnp.float32)
     return (jax.nn.gelu(sums, approximate=True) if gelu else sums).astype(x.dtype)
-
-
-def _shared(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Return shared memory as copies and tensor cores want it: in tiles of rows of 128 bytes."""
-    tiling = plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize))
-    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(128)))
 
 
 def _gelu(y: jax.Array) -> jax.Array:

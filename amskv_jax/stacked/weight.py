@@ -4,7 +4,6 @@ A loop over layers has their weights stacked. XLA copies a layer's out of the st
 reads it, so that weights travel three times, which is most of the time of a step of few tokens.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -35,10 +34,6 @@ class StackedWeight:
 
     stack: jax.Array
     layer: jax.Array | None = None
-
-    def of_layer(self, layer: jax.Array) -> "StackedWeight":
-        """Return the same weights with a layer chosen."""
-        return dataclasses.replace(self, layer=layer)
 
     def product(self, x: jax.Array, bias: jax.Array, gelu: bool) -> jax.Array:
         """Return the product with the layer's kernel, plus the bias, and of that GELU if wanted.
@@ -103,7 +98,7 @@ def layer_of(weights: Any, layer: jax.Array) -> Any:
 
     def own(leaf: Any) -> Any:
         if _is_stacked(leaf):
-            return leaf.of_layer(layer)
+            return leaf.replace(layer=layer)
         return lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
 
     return jax.tree.map(own, weights, is_leaf=_is_stacked)
