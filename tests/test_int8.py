@@ -1,5 +1,7 @@
 """Products of whole numbers of 8 bits: exact to their definition, in the kernel and without."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -128,6 +130,26 @@ def test_a_kernel_serves_all_small_numbers_of_tokens(monkeypatch):
     with mosaic_gpu.force_gpu_interpret_mode(mosaic_gpu.InterpretGPUParams()):
         lowered = jax.jit(products).lower(*operands)
     assert lowered.as_text().count("func.func private @_padded_product") == 1
+
+
+@interpreted
+@pytest.mark.parametrize("tokens", [100, 8192, 12500])  # the last is 500 rows of 25 tokens
+def test_kernels_are_lowered_for_any_number_of_tokens(tokens):
+    from amskv_jax.stacked.int8_kernel import int8_product
+
+    shapes = [
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape, dtype in [
+            ((tokens, 128), jnp.bfloat16),
+            ((2, 192, 128), jnp.int8),
+            ((2, 192), jnp.float32),
+            ((), jnp.int32),
+            ((192,), jnp.bfloat16),
+        ]
+    ]
+    product = jax.jit(partial(int8_product, gelu=False, dtype=jnp.bfloat16))
+    text = product.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text
 
 
 @pytest.mark.parametrize(("outputs", "columns"), [(5760, 192), (8192, 128), (320, 64)])

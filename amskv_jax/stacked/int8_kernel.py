@@ -24,6 +24,8 @@ from amskv_jax.stacked.tiles import shared_tiles
 
 REGISTERS = 240, 24
 """Registers of each thread of the warpgroups that multiply, and of the one that copies."""
+TILED = 8
+"""Copies take tokens in groups of so many."""
 NEIGHBOURS = 16
 """Tiles of tokens that are computed with all channels before others are, so that what blocks read
 at about the same time stays in the GPU's cache."""
@@ -57,8 +59,9 @@ def int8_product(
       [T, out].
     """
     tokens = len(x)
-    if tokens < INT8_PADDED:
-        rounded, scale = padded_int8_tokens(x.astype(jnp.bfloat16), INT8_PADDED)
+    if tokens < INT8_PADDED or tokens % TILED:
+        size = max(INT8_PADDED, -(-tokens // INT8_ROWS) * INT8_ROWS)
+        rounded, scale = padded_int8_tokens(x.astype(jnp.bfloat16), size)
     else:
         rounded, scale = int8_tokens(x)
         scale = jnp.pad(scale, (0, -tokens % INT8_ROWS))
