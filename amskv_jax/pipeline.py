@@ -343,11 +343,19 @@ def load(
     info = read_info(place)
     if mesh is not None:
         mesh.check(info.model.cache_shape(info.model.schedule).num_heads)
-    params = None
-    if weights and low_memory:
-        params = load_on_host(place, dtype, DRAWING_PARTS).params
-    elif weights:
-        params = load_checkpoint(place, dtype, DRAWING_PARTS, mesh).params
+    params = load_weights(place, dtype, mesh, low_memory) if weights else None
     reading = activation_dtype(dtype) if dtype else None
     encode = PromptReader(place, reading, mesh) if info.model.takes == "prompts" else None
     return Pipeline.of(info, params, dtype, encode=encode, mesh=mesh, low_memory=low_memory)
+
+
+def load_weights(
+    place: str | os.PathLike[str],
+    dtype: str | None = None,
+    mesh: MeshShape | None = None,
+    low_memory: bool = False,
+) -> dict[str, Any]:
+    """Return ``Pipeline.params`` of a checkpoint on this machine; see ``load``."""
+    if low_memory:
+        return load_on_host(place, dtype, DRAWING_PARTS).params
+    return load_checkpoint(place, dtype, DRAWING_PARTS, mesh).params

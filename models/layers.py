@@ -13,6 +13,7 @@ from jax import lax
 from amskv_jax.attention import QKV, Attention, Product
 from amskv_jax.float8 import Float8Weight, float8_product
 from amskv_jax.mesh import gathered, shards, summed
+from amskv_jax.models.module import Module
 from amskv_jax.packed_weight import is_packed, widened
 from amskv_jax.precision import precision_of
 from amskv_jax.stacked import Int8Weight, StackedWeight
@@ -45,7 +46,7 @@ def normalize_heads(x: jax.Array) -> jax.Array:
     return (x / jnp.maximum(norm, 1e-12)).reshape(shape)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(Module):
     """Scaling to a mean square of one, with a gain per channel, in float32; no mean, no bias."""
 
     epsilon: float
@@ -59,7 +60,7 @@ class RMSNorm(nn.Module):
         return x * root * per_channel(scale.astype(jnp.float32), x)
 
 
-class BlockDense(nn.Module):
+class BlockDense(Module):
     """A linear layer of a block; how its kernel is kept decides how the product is computed.
 
     Attributes:
@@ -79,10 +80,8 @@ class BlockDense(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
         """Map [..., in] to [..., features]; a bias [features] that is given is no parameter."""
-        kept: Any = self.get_variable("params", "kernel")
-        if not isinstance(kept, Float8Weight | Int8Weight | StackedWeight):
-            init, shape = nn.initializers.lecun_normal(), (x.shape[-1], self.features)
-            kept = self.param("kernel", init, shape)
+        init, shape = nn.initializers.lecun_normal(), (x.shape[-1], self.features)
+        kept = self.param("kernel", init, shape)
         if bias is None:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
         bias = bias.astype(self.dtype)
@@ -104,7 +103,7 @@ class BlockDense(nn.Module):
         return nn.gelu(y, approximate=True) if self.gelu else y
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(Module):
     """Multi-head self-attention around an injected attention function.
 
     Where devices share the heads (``mesh``), each has the weights of its own.
@@ -153,7 +152,7 @@ class SelfAttention(nn.Module):
         return out(output), carry
 
 
-class FeedForward(nn.Module):
+class FeedForward(Module):
     """Two linear layers, the first of ``hidden`` channels, around a tanh-approximated GELU."""
 
     hidden: int
@@ -179,7 +178,7 @@ class FeedForward(nn.Module):
         return down(up(tokens)).reshape(x.shape)
 
 
-class StackedDense(nn.Module):
+class StackedDense(Module):
     """One linear layer per block, applied to the same input at once."""
 
     depth: int
@@ -205,7 +204,7 @@ class StackedDense(nn.Module):
         return gathered(y + bias[:, None].astype(jnp.float32), -1)
 
 
-class Head(nn.Module):
+class Head(Module):
     """The classifier over the codebook: products in ``dtype``, sums and result in float32."""
 
     features: int

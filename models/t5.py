@@ -12,6 +12,7 @@ import numpy as np
 from flax import linen as nn
 
 from amskv_jax.models.layers import RMSNorm
+from amskv_jax.models.module import Module
 from amskv_jax.models.parts import Built, module_of
 from amskv_jax.precision import precision_of
 
@@ -89,7 +90,7 @@ def relative_buckets(distances: np.ndarray, num_buckets: int, max_distance: int)
     return (bucket + side * (np.asarray(distances) > 0)).astype(np.int32)
 
 
-class Linear(nn.Module):
+class Linear(Module):
     """A matrix product in ``dtype``, summed and returned in float32; no bias.
 
     Attributes:
@@ -116,7 +117,7 @@ class Linear(nn.Module):
         )
 
 
-class RelativeAttention(nn.Module):
+class RelativeAttention(Module):
     """Self-attention in both directions, whose logits are not divided by the root of head_dim."""
 
     config: T5Config
@@ -161,7 +162,7 @@ class RelativeAttention(nn.Module):
         return Linear(width, inner**-0.5, self.dtype, name="out")(output)
 
 
-class GatedFeedForward(nn.Module):
+class GatedFeedForward(Module):
     """Two linear layers with a gate, GELU(x W) * x V (arXiv 2002.05202), GELU by tanh."""
 
     hidden: int
@@ -177,7 +178,7 @@ class GatedFeedForward(nn.Module):
         return Linear(width, self.hidden**-0.5, self.dtype, name="down")(h)
 
 
-class T5Block(nn.Module):
+class T5Block(Module):
     """One block: attention and a feed-forward part, each on the normalised residual stream."""
 
     config: T5Config
@@ -193,7 +194,7 @@ class T5Block(nn.Module):
         return x + GatedFeedForward(config.hidden, self.dtype, name="mlp")(h)
 
 
-class T5Encoder(nn.Module):
+class T5Encoder(Module):
     """The encoder. Blocks are stacked on a leading layer axis of the parameters.
 
     Attributes:

@@ -89,12 +89,7 @@ def read_info(directory: str | os.PathLike[str]) -> CheckpointInfo:
     Raises:
       AmskvError: if the folder is no checkpoint, one of a newer version, or damaged.
     """
-    content, source = _read_content(Path(directory))
-    storage = _storage(Path(directory), content)
-    stated = content.get("configs")
-    parts = [part for part in part_types(find_kind(content["kind"])) if part in (stated or ())]
-    sides = [side for part in parts for shape in storage.shapes(part).values() for side in shape]
-    return info_from_json(content, source, max(sides, default=0))
+    return _opened(directory)[0]
 
 
 def check_checkpoint(
@@ -109,8 +104,7 @@ def check_checkpoint(
     Raises:
       AmskvError: as ``read_info`` does, or if shapes disagree, or a part is not there.
     """
-    info = read_info(directory)
-    storage = _storage(Path(directory), _read_content(Path(directory))[0])
+    info, storage = _opened(directory)
     _check_parts(storage, info, list(info.configs if parts is None else parts), str(directory))
     return info
 
@@ -132,13 +126,16 @@ def read_leaves(
       AmskvError: if they are not what ``info`` says, or damaged, or a part is not there. That the
         values are those of the fingerprint shows at the end.
     """
-    for path, leaf in _read_stored(directory, info, parts):
-        yield path, widened(leaf)
+    path = Path(directory)
+    storage = _storage(path, _read_content(path)[0])
+    for name, leaf in _read_stored(directory, info, storage, parts):
+        yield name, widened(leaf)
 
 
 def _read_stored(
     directory: str | os.PathLike[str],
     info: CheckpointInfo,
+    storage: Storage,
     parts: Iterable[str] | None = None,
 ) -> Iterator[tuple[str, np.ndarray | PackedWeight]]:
     """Yield the weights one by one, those of packed checkpoints packed; see ``read_leaves``.
@@ -149,7 +146,6 @@ def _read_stored(
     """
     path = Path(directory)
     wanted = list(info.configs if parts is None else parts)
-    storage = _storage(path, _read_content(path)[0])
     _check_parts(storage, info, wanted, str(directory))
     read = wanted if info.fingerprints else list(info.configs)
     digest = Fingerprint()
@@ -212,11 +208,11 @@ def load_checkpoint(
     Raises:
       AmskvError: if the folder is no checkpoint, of a newer version, damaged, or lacks a part.
     """
-    info = read_info(directory)
+    info, storage = _opened(directory)
     params, put = {}, put_on(mesh)
-    for path, leaf in read_leaves(directory, info, parts):
-        params[path] = put_weight(path, leaf, dtype or info.dtype, put)
-        del leaf
+    for path, stored in _read_stored(directory, info, storage, parts):
+        params[path] = put_weight(path, widened(stored), dtype or info.dtype, put)
+        del stored
     return Checkpoint(info, unflatten_dict(params, sep="/"))
 
 
@@ -238,9 +234,9 @@ def load_on_host(
     Raises:
       AmskvError: as ``load_checkpoint`` does.
     """
-    info = read_info(directory)
+    info, storage = _opened(directory)
     params: dict[str, Any] = {}
-    for path, stored in _read_stored(directory, info, parts):
+    for path, stored in _read_stored(directory, info, storage, parts):
         target = storage_dtype(path, dtype or info.dtype)
         if packed_stacks(path, stored.shape):
             packed = stored if isinstance(stored, PackedWeight) else pack_weight(path, stored)
@@ -249,6 +245,16 @@ def load_on_host(
             params[path] = widened(stored).astype(target, copy=False)
         del stored
     return Checkpoint(info, unflatten_dict(params, sep="/"))
+
+
+def _opened(directory: str | os.PathLike[str]) -> tuple[CheckpointInfo, Storage]:
+    """Return what ``read_info`` does, and where the weights lie."""
+    content, source = _read_content(Path(directory))
+    storage = _storage(Path(directory), content)
+    stated = content.get("configs")
+    parts = [part for part in part_types(find_kind(content["kind"])) if part in (stated or ())]
+    sides = [side for part in parts for shape in storage.shapes(part).values() for side in shape]
+    return info_from_json(content, source, max(sides, default=0)), storage
 
 
 def _read_content(path: Path) -> tuple[dict[str, Any], str]:

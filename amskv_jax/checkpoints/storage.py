@@ -7,7 +7,7 @@ much more than the largest parameter. Version 1 had one orbax checkpoint, ``para
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -49,21 +49,24 @@ class Storage(Protocol):
 
 
 class GroupedFolders:
-    """The folder ``params`` of a checkpoint."""
+    """The folder ``params`` of a checkpoint.
+
+    Shapes are read once, which takes longer than to read small parameters.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
+        self._known: dict[Path, dict[str, Shape]] = {}
 
     def shapes(self, part: str) -> dict[str, Shape]:
         """See ``Storage.shapes``."""
-        return {
-            path: shape for group in self._groups(part) for path, shape in _shapes(group).items()
-        }
+        groups = self._groups(part)
+        return {path: shape for group in groups for path, shape in self._shapes(group).items()}
 
     def leaves(self, part: str) -> Iterator[tuple[str, np.ndarray]]:
         """See ``Storage.leaves``."""
         for group in self._groups(part):
-            yield from restore(group)
+            yield from _restore(group, self._shapes(group))
 
     def write(self, part: str, number: int, leaves: Mapping[str, np.ndarray]) -> None:
         """Write some parameters of a part as its folder of that number."""
@@ -71,6 +74,11 @@ class GroupedFolders:
         with _quiet(), ocp.PyTreeCheckpointer(use_compression=False) as checkpointer:
             folder = self.path / part / str(number)
             checkpointer.save(folder, unflatten_dict(dict(leaves), sep="/"))
+
+    def _shapes(self, group: Path) -> dict[str, Shape]:
+        if group not in self._known:
+            self._known[group] = _shapes(group)
+        return self._known[group]
 
     def _groups(self, part: str) -> list[Path]:
         folder = self.path / part
@@ -100,12 +108,11 @@ class SingleTree:
 
     @cached_property
     def _tree(self) -> dict[str, np.ndarray]:
-        return dict(restore(self.path))
+        return dict(_restore(self.path, self._all_shapes))
 
 
-def restore(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+def _restore(path: Path, names: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
     """Yield the parameters in an orbax checkpoint, which are read at once, as NumPy arrays."""
-    names = _shapes(path)
     arguments = unflatten_dict(
         {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}, sep="/"
     )

@@ -202,11 +202,10 @@ def check_low_memory(pipe: "Pipeline") -> None:
 
 def with_weights(pipe: "Pipeline", place: Path) -> "Pipeline":
     """Return the pipeline with the weights of its checkpoint."""
-    from amskv_jax.pipeline import load  # noqa: PLC0415
+    from amskv_jax.pipeline import load_weights  # noqa: PLC0415
 
     with progress("loading weights"):
-        loaded = load(place, pipe.dtype, mesh=pipe.mesh, low_memory=pipe.low_memory)
-        return replace(pipe, params=loaded.params)
+        return replace(pipe, params=load_weights(place, pipe.dtype, pipe.mesh, pipe.low_memory))
 
 
 def conditions_of(

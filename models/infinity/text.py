@@ -14,6 +14,7 @@ from amskv_jax.attention import attend
 from amskv_jax.mesh import shards
 from amskv_jax.models.guidance import Guidance
 from amskv_jax.models.layers import per_channel
+from amskv_jax.models.module import Module
 from amskv_jax.packed_weight import widened
 from amskv_jax.precision import precision_of
 
@@ -62,7 +63,7 @@ class TextCondition:
         return guidance.pair(features, others), guidance.pair(lengths, other_lengths)
 
 
-class Pooling(nn.Module):
+class Pooling(Module):
     """Attention of one learned query per head to a text, in float32.
 
     Attributes:
@@ -92,7 +93,7 @@ class Pooling(nn.Module):
         return nn.Dense(self.width, name="out", **dense)(pooled)
 
 
-class Projection(nn.Module):
+class Projection(Module):
     """Two linear layers around a tanh-approximated GELU: what the cross-attention reads.
 
     Attributes:
@@ -111,7 +112,7 @@ class Projection(nn.Module):
         return nn.Dense(self.width, name="out", **dense)(h)
 
 
-class KeysValues(nn.Module):
+class KeysValues(Module):
     """The cross-attention's keys and values in all blocks, once per picture.
 
     Attributes:

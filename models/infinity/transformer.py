@@ -27,6 +27,7 @@ from amskv_jax.models.layers import (
     SelfAttention,
     layer_norm,
 )
+from amskv_jax.models.module import Module
 from amskv_jax.models.parts import Built, module_of
 from amskv_jax.models.protocol import Prepared
 from amskv_jax.schedule import ScaleSchedule
@@ -66,7 +67,7 @@ class Shared:
     head: jax.Array
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(Module):
     """Attention to the text, whose keys and values are given.
 
     Attributes:
@@ -93,7 +94,7 @@ class CrossAttention(nn.Module):
         return out(output.reshape(*x.shape[:2], width))
 
 
-class Block(nn.Module):
+class Block(Module):
     """One transformer block: self-attention, attention to the text, feed-forward part.
 
     The first and the last are between adaptive norms and gates of the pooled text, the second
@@ -155,7 +156,7 @@ class Block(nn.Module):
         return (y + h.astype(jnp.float32) * gate2).astype(x.dtype), carry
 
 
-class Infinity(nn.Module):
+class Infinity(Module):
     """The transformer, which draws any schedule of its family with the same weights.
 
     Blocks are stacked on a leading layer axis of the parameters. Bound to weights it is a

@@ -8,6 +8,7 @@ from jax import lax
 
 from amskv_jax.errors import AmskvError
 from amskv_jax.models.layers import per_channel
+from amskv_jax.models.module import Module
 from amskv_jax.models.var.config import VQVAEConfig
 from amskv_jax.resize import resize
 
@@ -29,7 +30,7 @@ def _codebook_init(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
     return jax.random.uniform(key, shape, minval=-1 / shape[0], maxval=1 / shape[0])
 
 
-class MultiScaleQuantizer(nn.Module):
+class MultiScaleQuantizer(Module):
     """Codebook and phi convolutions; a latent is the sum of what its token maps contribute.
 
     Scale i contributes phi(up(codes)): its codebook vectors, enlarged to the last grid, then

@@ -12,13 +12,14 @@ from jax import lax
 from amskv_jax.attention import QKV, Attention, Implementation, attend_block_causal
 from amskv_jax.models.guidance import Guidance
 from amskv_jax.models.layers import FeedForward, Head, SelfAttention, StackedDense, layer_norm
+from amskv_jax.models.module import Module
 from amskv_jax.models.parts import Built, module_of
 from amskv_jax.models.protocol import Prepared
 from amskv_jax.models.var.config import VARConfig
 from amskv_jax.stacked import in_place
 
 
-class Block(nn.Module):
+class Block(Module):
     """One transformer block with adaptive layer norms."""
 
     config: VARConfig
@@ -47,7 +48,7 @@ class Block(nn.Module):
         return (y + h.astype(jnp.float32) * gate2.astype(jnp.float32)).astype(x.dtype), carry
 
 
-class VAR(nn.Module):
+class VAR(Module):
     """The transformer. Blocks are stacked on a leading layer axis of the parameters.
 
     Attributes:
