@@ -12,7 +12,7 @@ import pytest
 from checks import message
 from reference_weights import recipe_params, recipe_state
 
-from amskv_jax.checkpoints import writer
+from amskv_jax.checkpoints import storage, writer
 from amskv_jax.checkpoints.folder import load_checkpoint, read_info, save_checkpoint
 from amskv_jax.checkpoints.weights import fingerprint
 from amskv_jax.convert import to_params
@@ -66,6 +66,13 @@ def test_what_was_saved_is_loaded(saved, params):
     assert loaded.info.model == MODEL
     assert (loaded.info.kind, loaded.info.dtype) == ("var", "float32")
     assert sorted(path.name for path in saved.iterdir()) == ["config.json", "params"]
+
+
+def test_shapes_are_read_once(saved, monkeypatch):
+    read, groups = storage._shapes, []
+    monkeypatch.setattr(storage, "_shapes", lambda path: groups.append(path) or read(path))
+    load_checkpoint(saved)
+    assert sorted(groups) == sorted((saved / "params").glob("*/*"))
 
 
 def test_parts_are_restored_alone(saved, params, copy):
